@@ -1,0 +1,164 @@
+"""The one configuration file: frozen structs, their defaults, and a strict load.
+
+Every key is explained in deploy/config.toml, which a test holds equal to these defaults. Unknown keys are refused by
+path. Sizes are written as integers of bytes or with a unit ("10GiB"); inside the program they are integers.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from snapshotter.errors import ConfigError
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+
+_UNITS = {"": 1, "B": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB, "TiB": 1 << 40}
+_SIZE = re.compile(r"(\d{1,15})\s*([KMGT]iB|B)?")
+
+
+class Size(int):
+    """A number of bytes."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        match = _SIZE.fullmatch(text.strip())
+        if not match:
+            raise ValueError(f"not a size: {text[:40]!r}; write bytes or a unit such as '10GiB'")
+        return cls(int(match[1]) * _UNITS[match[2] or ""])
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: immutable, refuses unknown keys."""
+
+
+class Keys(Section, frozen=True):
+    """Where private keys come from."""
+
+    files: tuple[str, ...] = ()  # PEM (PKCS#8, PKCS#1, SEC1), unencrypted
+
+
+class Policy(Section, frozen=True):
+    """Which images may run. In mode confidential an image must be authentic whatever this says."""
+
+    require: Literal["any", "sealed", "pinned"] = "any"
+    pins: tuple[str, ...] = ()  # host/repo@sha256:…
+
+
+class Registry(Section, frozen=True):
+    """How registries are spoken to."""
+
+    docker_config: str = ""  # path of a docker config.json; "" = none
+    plain_http: tuple[str, ...] = ()  # host:port besides loopback
+    ca_file: str = ""  # PEM bundle in addition to the system's
+    connections: int = 8  # per host
+    connect_timeout_seconds: float = 10.0
+    progress_timeout_seconds: float = 30.0  # no byte for this long: abort the read and resume
+    total_timeout_seconds: float = 120.0  # then EIO
+    retries: int = 5
+
+
+class Cache(Section, frozen=True):
+    """The untrusted ciphertext cache."""
+
+    quota: Size = Size(10 * GiB)  # 0: nothing is kept
+
+
+class Fetch(Section, frozen=True):
+    """How much is asked from the registry at once."""
+
+    window: Size = Size(1 * MiB)  # a miss also fetches absent neighbours up to this many stored bytes
+    parallel: int = 8  # ranges in flight per image
+    decoded: Size = Size(8 * MiB)  # decoded chunks kept so that neighbouring small reads decode once
+
+
+class Erofs(Section, frozen=True):
+    """How the kernel mounts images."""
+
+    driver: Literal["auto", "file", "loop"] = "auto"
+    read_ahead: Size = Size(256 * KiB)
+
+
+class Log(Section, frozen=True):
+    """What is logged, to stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class Limits(Section, frozen=True):
+    """Upper bounds on everything that comes from outside. One above is refused with reason=limit."""
+
+    manifest_bytes: Size = Size(4 * MiB)  # manifest or index
+    config_bytes: Size = Size(8 * MiB)  # image config
+    index_entries: int = 256
+    layers: int = 254  # RAFS v6: 8-bit device ids
+    bootstrap_bytes: Size = Size(256 * MiB)  # bootstrap layer as stored
+    bootstrap_unpacked_bytes: Size = Size(1 * GiB)  # all files of it, decompressed
+    bootstrap_files: int = 512  # members of its archive
+    identity_bytes: Size = Size(1 * MiB)
+    blob_bytes: Size = Size(1 << 40)  # one data blob
+    chunks: int = (1 << 24) - 1  # per blob
+    chunk_bytes: Size = Size(8 * MiB)  # one chunk, decoded
+    inodes: int = 10_000_000
+    directory_depth: int = 1024
+    directory_bytes: Size = Size(256 * MiB)  # dirents of one directory
+    xattr_bytes: Size = Size(1 * MiB)  # of one inode
+    symlink_bytes: int = 4095
+    token_bytes: Size = Size(64 * KiB)  # an answer of a token server
+    annotation_bytes: Size = Size(64 * KiB)  # all annotations of one descriptor
+    recipients: int = 64  # wrapped keys of one layer
+    tar_entry_header_bytes: Size = Size(1 * MiB)  # PAX or GNU extension records of one tar entry (converter)
+    label_bytes: int = 4096  # one label, key and value
+    key_bytes: int = 16 * KiB  # a snapshot key or name
+
+
+class Config(Section, frozen=True):
+    """The whole file."""
+
+    mode: Literal["open", "confidential"] = "open"
+    root: str = "/var/lib/coco-snapshotter"
+    cache_dir: str = "/var/cache/coco-snapshotter"
+    address: str = "/run/coco-snapshotter/coco-snapshotter.sock"
+    trusted_devices: tuple[str, ...] = ()
+    keys: Keys = Keys()
+    policy: Policy = Policy()
+    registry: Registry = Registry()
+    cache: Cache = Cache()
+    fetch: Fetch = Fetch()
+    erofs: Erofs = Erofs()
+    log: Log = Log()
+    limits: Limits = Limits()
+
+
+def _decode(kind: type, value: Any) -> Any:
+    if kind is Size:
+        if isinstance(value, str):
+            return Size.parse(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return Size(value)
+        raise ValueError(f"not a size: {value!r}")
+    raise NotImplementedError(kind)  # pragma: no cover - msgspec asks only for Size
+
+
+def load(path: Path | None, **overrides: str | None) -> Config:
+    """Read `path` (None: all defaults) and lay the given flags over it. Raises ConfigError naming the key."""
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"config {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config {path}: {error}") from error
+    table.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        config = msgspec.convert(table, Config, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"config {path or 'flags'}: {error}") from error
+    for name in ("root", "cache_dir", "address"):
+        if not getattr(config, name).startswith("/"):
+            raise ConfigError(f"config: {name} must be an absolute path, not {getattr(config, name)!r}")
+    return config

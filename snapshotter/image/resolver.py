@@ -1,0 +1,146 @@
+"""From a reference to a layer plan that is authentic and whose chain ids are its own: steps 0–3 of the order of trust.
+
+A chain id is a claim: containerd takes it from the image's config and then answers "already there" from its records. An
+image that claims another image's `diff_ids` would otherwise make that other image run its files. So chain ids are
+computed here from what a layer *is*, and an image is refused if it claims others.
+"""
+
+from dataclasses import dataclass
+
+from snapshotter import labels
+from snapshotter.config import Limits
+from snapshotter.digest import Digest
+from snapshotter.errors import FailedPrecondition, IntegrityError, MalformedImage, PolicyDenied
+from snapshotter.image.manifest import Descriptor, Manifest, chain_ids, fetch_image, image_digests
+from snapshotter.image.policy import Admission, ImagePolicy
+from snapshotter.registry.reference import Reference
+from snapshotter.registry.transport import ImageSource
+
+
+@dataclass(frozen=True, slots=True)
+class LazyImage:
+    """A Nydus or sealed image as its manifest states it: data blobs, one bootstrap, ordinary layers above."""
+
+    reference: Reference  # as it was asked for
+    source: Reference  # repository and manifest digest: where everything else is fetched
+    manifest_digest: Digest
+    blobs: tuple[Descriptor, ...]
+    bootstrap: Descriptor
+    config: dict[str, object]
+    admission: Admission
+
+    @property
+    def encrypted(self) -> bool:
+        return self.bootstrap.media_type.endswith(labels.ENCRYPTED_SUFFIX)
+
+    def chain(self, bootstrap_diff_id: str) -> list[str]:
+        """Chain ids of the data blobs and the bootstrap, bottom first (OCI image-spec config.md, Layer ChainID)."""
+        return chain_ids([*(blob.digest for blob in self.blobs), bootstrap_diff_id])
+
+
+@dataclass(frozen=True, slots=True)
+class OrdinaryImage:
+    """Every layer is a tar: containerd unpacks it and compares the diff_ids itself."""
+
+    manifest_digest: Digest
+    admission: Admission
+
+
+class Resolver:
+    """Fetches manifests and configs, and admits them."""
+
+    def __init__(self, source: ImageSource, policy: ImagePolicy, limits: Limits) -> None:
+        self._source = source
+        self._policy = policy
+        self._limits = limits
+
+    async def resolve(self, request: "LayerClaim") -> LazyImage | OrdinaryImage:
+        """Raises PolicyDenied, DigestMismatch, MalformedImage, LimitExceeded and the registry's errors."""
+        reference = Reference.parse(request.image)
+        source = reference.pinned(request.manifest)
+        digests = [request.manifest]
+        if reference.digest is not None and reference.digest != request.manifest:
+            # Only an index leads from one digest to another; it must list the manifest that containerd chose.
+            listed = await image_digests(self._source, reference, self._limits)
+            if request.manifest not in listed:
+                raise IntegrityError(
+                    f"image {reference}: its index does not list manifest {request.manifest}", reason="digest-mismatch"
+                )
+            digests.insert(0, reference.digest)
+        elif reference.digest is None and self._policy.pins_index(reference):
+            digests = await self._through_index(reference, request.manifest)
+        admission = self._policy.admit(reference, digests)
+        resolved = await fetch_image(self._source, source, None, self._limits)
+        image = plan(reference, source, resolved.manifest, resolved.manifest_digest, resolved.config, admission)
+        if isinstance(image, OrdinaryImage):
+            self._policy.require_sealed(reference, False, "it has no bootstrap layer")
+        else:
+            self._policy.require_sealed(reference, image.encrypted, "its bootstrap layer is not encrypted")
+        return image
+
+    async def _through_index(self, reference: Reference, manifest: Digest) -> list[Digest]:
+        """A tag may lead to a pinned index; the digests on that way, or only the manifest's when it does not."""
+        _, _, top = await self._source.manifest(reference)
+        if top == manifest:
+            return [manifest]
+        listed = await image_digests(self._source, reference.pinned(top), self._limits)
+        return [top, manifest] if manifest in listed else [manifest]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerClaim:
+    """What containerd says about the layer it prepares; all of it is checked before it is believed."""
+
+    image: str
+    manifest: Digest
+    layer: Digest
+    chain_id: str
+    parent_chain: str
+
+    @classmethod
+    def of(cls, snapshot_labels: "dict[str, str]", chain_id: str, parent_chain: str) -> "LayerClaim":
+        """Raises FailedPrecondition naming the containerd setting when the CRI labels are missing."""
+        values = [snapshot_labels.get(name, "") for name in _NEEDED]
+        if not all(values):
+            missing = next(name for name, value in zip(_NEEDED, values, strict=True) if not value)
+            raise FailedPrecondition(
+                f"layer {chain_id}: a lazy image needs label {missing}",
+                hint="set disable_snapshot_annotations = false in containerd's CRI plugin, or "
+                'exports.enable_remote_snapshot_annotations = "true" in the proxy plugin (2.1+)',
+            )
+        image, manifest, layer = values
+        return cls(image, Digest.parse(manifest), Digest.parse(layer), chain_id, parent_chain)
+
+
+_NEEDED = (labels.CRI_IMAGE_REF, labels.CRI_MANIFEST_DIGEST, labels.CRI_LAYER_DIGEST)
+
+
+def plan(
+    reference: Reference,
+    source: Reference,
+    manifest: Manifest,
+    manifest_digest: Digest,
+    config: dict[str, object],
+    admission: Admission,
+) -> LazyImage | OrdinaryImage:
+    """Tell data blobs, bootstrap and ordinary layers apart. Raises MalformedImage for a mixture that has no meaning."""
+    layers = manifest.layers
+    bootstraps = [i for i, layer in enumerate(layers) if labels.NYDUS_BOOTSTRAP in layer.annotations]
+    blobs = [i for i, layer in enumerate(layers) if _is_blob(layer)]
+    if not bootstraps and not blobs:
+        if any(layer.media_type.endswith(labels.ENCRYPTED_SUFFIX) for layer in layers):
+            raise PolicyDenied(f"image {reference}: has encrypted layers but no bootstrap", reason="not-sealed")
+        return OrdinaryImage(manifest_digest, admission)
+    if len(bootstraps) != 1 or blobs != list(range(bootstraps[0])):
+        raise MalformedImage(
+            f"image {reference}: layers must be data blobs, then one bootstrap, then ordinary layers; "
+            f"found bootstraps at {bootstraps} and data blobs at {blobs}"
+        )
+    top = bootstraps[0]
+    if layers[top].annotations.get(labels.NYDUS_FS_VERSION, "6") != "6":
+        raise MalformedImage(f"image {reference}: only RAFS v6 is supported")
+    return LazyImage(reference, source, manifest_digest, tuple(layers[:top]), layers[top], config, admission)
+
+
+def _is_blob(layer: Descriptor) -> bool:
+    return layer.media_type == labels.MEDIA_NYDUS_BLOB or labels.NYDUS_BLOB in layer.annotations

@@ -30,6 +30,7 @@ class ImagePolicy:
         self._must_be_authentic = mode == "confidential" or require == "pinned"
         self.must_be_sealed = mode == "confidential" or require == "sealed"
         self.only_verified = mode == "confidential"
+        self.restricts_ordinary = self._must_be_authentic or self.must_be_sealed or bool(pins)
         self._pins = pins
 
     @classmethod
@@ -42,6 +43,9 @@ class ImagePolicy:
                 raise ConfigError(f"config: policy.pins: {text!r} has no digest")
             pins.setdefault(_repository(reference), set()).add(reference.digest)
         return cls(mode, policy.require, {name: frozenset(digests) for name, digests in pins.items()})
+
+    def pins_repository(self, reference: Reference) -> bool:
+        return _repository(reference) in self._pins
 
     def admit(self, reference: Reference, digests: Sequence[Digest]) -> Admission:
         """Decide on the image that `reference` led to.

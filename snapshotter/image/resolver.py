@@ -67,7 +67,7 @@ class Resolver:
                     f"image {reference}: its index does not list manifest {request.manifest}", reason="digest-mismatch"
                 )
             digests.insert(0, reference.digest)
-        elif reference.digest is None and self._policy.pins_index(reference):
+        elif reference.digest is None and self._policy.pins_repository(reference):
             digests = await self._through_index(reference, request.manifest)
         admission = self._policy.admit(reference, digests)
         resolved = await fetch_image(self._source, source, None, self._limits)

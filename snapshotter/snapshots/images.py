@@ -1,0 +1,208 @@
+"""What the snapshotter needs to know about images: is this layer lazy, may it run, mount it, let it go.
+
+Ties the rooms of the pull path together (resolver → loader → attachment → blobd → EROFS). An image is verified whole
+at its first layer; later layers of the same pull find the verdict here, since a manifest digest cannot change meaning.
+"""
+
+import asyncio
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+import structlog
+
+from snapshotter import labels
+from snapshotter.bootstrap.loader import LoadedImage, Loader
+from snapshotter.digest import Digest
+from snapshotter.errors import IntegrityError, PolicyDenied
+from snapshotter.image.policy import ImagePolicy
+from snapshotter.image.resolver import LayerClaim, LazyImage, OrdinaryImage, Resolver
+from snapshotter.ondemand import attachment
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
+
+log = structlog.get_logger(__name__)
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+VERDICTS = 256  # images whose verdict is remembered; each is a few kilobytes
+LOADED = 2  # verified images whose metadata is kept in memory until their first container
+
+
+class Attachments(Protocol):
+    """The data plane, seen from here: keeper and blobd."""
+
+    async def attached(self, attach_id: int) -> int | None:
+        """Number of devices of an attached image, None if it is not attached."""
+
+    async def attach(self, attach_id: int, memfd: int) -> None: ...
+
+    async def detach(self, attach_id: int) -> None: ...
+
+
+class Mounter(Protocol):
+    async def mount(self, image_id: int, devices: int, target: Path) -> None: ...
+
+    async def unmount(self, target: Path) -> None: ...
+
+    def is_mounted(self, target: Path) -> bool: ...
+
+
+class Verdict:
+    """A verified lazy image without its secrets."""
+
+    __slots__ = ("chain", "image", "sealed")
+
+    def __init__(self, loaded: LoadedImage) -> None:
+        self.image: LazyImage = loaded.image
+        self.chain = loaded.chain
+        self.sealed = loaded.sealed
+
+    def record(self) -> ImageRecord:
+        return ImageRecord(
+            reference=str(self.image.reference),
+            manifest=self.image.manifest_digest,
+            bootstrap=self.image.bootstrap.digest,
+            chain_id=self.chain[-1],
+            sealed=self.sealed,
+        )
+
+
+class Images:
+    """The `RemoteImages` of a real node."""
+
+    def __init__(
+        self, resolver: Resolver, loader: Loader, policy: ImagePolicy, attachments: Attachments, mounter: Mounter
+    ) -> None:
+        self._resolver = resolver
+        self._loader = loader
+        self._policy = policy
+        self._attachments = attachments
+        self._mounter = mounter
+        self._verdicts: OrderedDict[tuple[str, str], Verdict | OrdinaryImage] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, str], LoadedImage] = OrderedDict()
+        # A lock lives as long as somebody waits for it, so remote names cannot fill this table.
+        self._locks: WeakValueDictionary[object, asyncio.Lock] = WeakValueDictionary()
+
+    @property
+    def only_verified(self) -> bool:
+        """Nothing may be unpacked or committed here that did not come from a verified image."""
+        return self._policy.only_verified
+
+    async def resolve(self, request: LayerRequest) -> LayerVerdict:
+        """Raises what the order of trust raises; nothing of a refused image is kept."""
+        if not _lazy(request.labels) and not self._policy.restricts_ordinary:
+            return LayerVerdict("ordinary", None)
+        claim = LayerClaim.of(dict(request.labels), request.chain_id, request.parent_chain or "")
+        verdict = await self._verdict(claim)
+        if isinstance(verdict, OrdinaryImage):
+            return LayerVerdict("ordinary", None)
+        return self._place(claim, verdict)
+
+    def _place(self, claim: LayerClaim, verdict: Verdict) -> LayerVerdict:
+        """Which of the image's layers this is. Its chain id must be the one computed from the layers themselves."""
+        image = verdict.image
+        digests = [*(blob.digest for blob in image.blobs), image.bootstrap.digest]
+        if claim.layer not in digests:
+            if self._policy.must_be_sealed:
+                raise PolicyDenied(f"image {image.reference}: layer {claim.layer} is not sealed", reason="not-sealed")
+            if claim.parent_chain in ("", *verdict.chain[:-1]):
+                raise _chain_mismatch(claim, image)
+            return LayerVerdict("ordinary", None)
+        for index, digest in enumerate(digests):
+            parent = verdict.chain[index - 1] if index else ""
+            if digest == claim.layer and verdict.chain[index] == claim.chain_id and parent == claim.parent_chain:
+                last = index == len(digests) - 1
+                return LayerVerdict("image" if last else "data", verdict.record() if last else None)
+        raise _chain_mismatch(claim, image)
+
+    async def _verdict(self, claim: LayerClaim) -> Verdict | OrdinaryImage:
+        key = (claim.image, claim.manifest)
+        async with self._lock(key):
+            known = self._verdicts.get(key)
+            if known is not None:
+                self._verdicts.move_to_end(key)
+                return known
+            image = await self._resolver.resolve(claim)
+            verdict: Verdict | OrdinaryImage
+            if isinstance(image, LazyImage):
+                loaded = await self._loader.load(image)
+                verdict = Verdict(loaded)
+                _remember(self._loaded, key, loaded, LOADED)
+            else:
+                verdict = image
+            log.info("image admitted", image=claim.image, manifest=claim.manifest, rule=image.admission.rule)
+            _remember(self._verdicts, key, verdict, VERDICTS)
+            return verdict
+
+    async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
+        """Idempotent: attach the image if the data plane does not hold it, then mount its EROFS at `target`."""
+        async with self._lock(attach_id):
+            if self._mounter.is_mounted(target):
+                return
+            devices = await self._attachments.attached(attach_id)
+            if devices is None:
+                devices = await self._attach(attach_id, record)
+            await self._mounter.mount(attach_id, devices, target)
+            log.info("image mounted", image=record.reference, bootstrap=record.bootstrap, attach_id=attach_id)
+
+    async def _attach(self, attach_id: int, record: ImageRecord) -> int:
+        key = (record.reference, record.manifest)
+        loaded = self._loaded.pop(key, None) or await self._load_again(record)
+        memfd = await asyncio.to_thread(
+            attachment.pack,
+            attach_id,
+            repository=f"{loaded.image.source.host}/{loaded.image.source.repository}",
+            manifest=loaded.image.manifest_digest,
+            bootstrap_digest=loaded.image.bootstrap.digest,
+            bootstrap=loaded.bootstrap,
+            blobs=loaded.devices,
+        )
+        try:
+            await self._attachments.attach(attach_id, memfd)
+        finally:
+            os.close(memfd)
+        return len(loaded.devices) + 1
+
+    async def _load_again(self, record: ImageRecord) -> LoadedImage:
+        """The data plane lost the image (reboot): verify it once more, from the cached layer if that is still good."""
+        claim = LayerClaim(
+            record.reference, Digest.parse(record.manifest), Digest.parse(record.bootstrap), record.chain_id, ""
+        )
+        image = await self._resolver.resolve(claim)
+        if not isinstance(image, LazyImage) or image.bootstrap.digest != record.bootstrap:
+            raise IntegrityError(f"image {record.reference}: is not the image that was pulled", reason="chain-mismatch")
+        loaded = await self._loader.load(image)
+        if loaded.chain[-1] != record.chain_id:
+            raise _chain_mismatch(claim, image)
+        return loaded
+
+    async def unmount(self, attach_id: int, target: Path) -> None:
+        """Unmount and let the data plane forget the image and its keys."""
+        async with self._lock(attach_id):
+            if self._mounter.is_mounted(target):
+                await self._mounter.unmount(target)
+            await self._attachments.detach(attach_id)
+
+    def _lock(self, key: object) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())
+
+
+def _lazy(snapshot_labels: Mapping[str, str]) -> bool:
+    return labels.NYDUS_BLOB in snapshot_labels or labels.NYDUS_BOOTSTRAP in snapshot_labels
+
+
+def _chain_mismatch(claim: LayerClaim, image: LazyImage) -> IntegrityError:
+    return IntegrityError(
+        f"image {image.reference}: claims chain id {claim.chain_id} for layer {claim.layer}, which is not its own",
+        reason="chain-mismatch",
+    )
+
+
+def _remember(table: "OrderedDict[K, V]", key: K, value: V, most: int) -> None:
+    table[key] = value
+    while len(table) > most:
+        table.popitem(last=False)

@@ -19,12 +19,12 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import asyncio
     import logging
+    from pathlib import Path
 
 Message = dict[str, Any]
 Reply = tuple[Message, Sequence[int]]
@@ -139,7 +139,7 @@ def _remove_stale(path: str, kind: int) -> None:
     except ConnectionRefusedError:
         os.unlink(path)
         return
-    except TimeoutError:
+    except (TimeoutError, BlockingIOError):
         pass  # a full backlog: somebody owns it
     raise OSError(errno.EADDRINUSE, "another process listens here", path)
 

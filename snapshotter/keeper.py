@@ -1,0 +1,194 @@
+"""The keeper: parent of snapshotd and blobd, and holder of every descriptor that must outlive them.
+
+What `serve` becomes. It restarts the workers, hands its descriptors to each new one, and after its own death takes them
+back from blobd's duplicates. It trusts only root on this machine, parses nothing from outside, and needs nothing but
+the standard library. Its flags are the workers' flags; of these it reads --root and --address.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+from snapshotter import __version__, control
+from snapshotter.loop import SIGNALS, Loop
+from snapshotter.mounts.syscalls import open_fuse_session
+from snapshotter.workers import Worker, log
+
+MODULES = {"blobd": "snapshotter.ondemand.blobd", "snapshotd": "snapshotter.daemon"}
+IMAGE = re.compile(r"image-[0-9]{1,13}")
+STOP = (signal.SIGTERM, signal.SIGINT)
+HANDOVER = "COCO_KEEPER_HANDOVER"  # environment of the re-executed keeper: JSON {name: fd}
+DRAIN_SECONDS, LEAVE_SECONDS, RELOAD_SECONDS = 7.0, 2.0, 5.0  # SIGTERM: snapshotd, then blobd; SIGHUP: both
+
+
+class Keeper:
+    """`commands` maps each worker to its argv; `root` and `address` are absolute paths, `root` exists."""
+
+    def __init__(self, root: str, address: str, commands: dict[str, list[str]]) -> None:
+        self.root, self.address = root, address
+        self.blobd = Worker("blobd", commands["blobd"], root)
+        self.snapshotd = Worker("snapshotd", commands["snapshotd"], root)
+        self.workers = [self.blobd, self.snapshotd]
+        self.loop = Loop()
+
+    def run(self) -> int:
+        """Keep until SIGTERM or SIGINT; the exit status. Raises BlockingIOError if another keeper has the root."""
+        handover = json.loads(os.environ.pop(HANDOVER, "{}"))
+        for fd in handover.values():
+            os.set_inheritable(fd, False)
+        self.lock = handover.pop("lock", None) or control.take_lock(f"{self.root}/lock")
+        self.loop.catch_signals()
+        self.store: dict[str, int] = handover or self._recover()
+        # Only now: a worker that started without us must not wait for descriptors that we are asking it for.
+        self.listener = control.listen(f"{self.root}/keeper.sock")
+        self.loop.watch(self.listener, self._accept)
+        log("info", "keeper runs", pid=os.getpid(), root=self.root, address=self.address, version=__version__)
+        self._announce()
+        while True:
+            for worker in self.workers:
+                if not worker.pid and worker.due <= time.monotonic() and worker.start():
+                    worker.watch(self.loop)
+            dead = [worker.due - time.monotonic() for worker in self.workers if not worker.pid]
+            self.loop.step(min(dead, default=3600))
+            if self.loop.told(signal.SIGHUP):
+                self._reload()
+            if self.loop.told(*STOP):
+                return self._shut_down()
+
+    def _recover(self) -> dict[str, int]:
+        """Adopt living workers and take back what they hold; make anew what nobody holds."""
+        store = self.blobd.adopt({"fuse", "fuse-root", "session", "listen-blobd"}, patience=10)
+        # Clients reach the listener of the living snapshotd; without the old session that one must go.
+        served = self.snapshotd.adopt({"listen-grpc"}, patience=10 if store else 0)
+        if not store:
+            store["fuse"], store["fuse-root"] = open_fuse_session()
+            store["session"] = os.memfd_create("session", os.MFD_CLOEXEC)
+            store["listen-blobd"] = control.listen(f"{self.root}/blobd.sock").detach()
+            log("info", "new FUSE session")
+        if "listen-grpc" in store:
+            with socket.socket(fileno=store.pop("listen-grpc")) as stale:
+                if not served:
+                    stale.shutdown(socket.SHUT_RDWR)  # and all its duplicates: clients are refused, not kept waiting
+        os.makedirs(os.path.dirname(self.address), 0o755, exist_ok=True)
+        store["listen-grpc"] = served.get("listen-grpc") or control.listen(self.address, socket.SOCK_STREAM).detach()
+        for worker in self.workers:
+            if worker.pid:
+                worker.watch(self.loop)
+        return store
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self.listener.accept()
+        except OSError as error:  # out of descriptors: some other connection will end
+            log("error", "control connection refused", error=str(error))
+            time.sleep(0.1)
+        else:
+            peer.settimeout(5)
+            if control.peer_is_root(peer):
+                self.loop.watch(peer, lambda: self._serve(peer))
+
+    def _serve(self, peer: socket.socket) -> None:
+        fds: list[int] = []
+        try:
+            message, fds = control.receive(peer)
+            for answer, attached in self._answers(message, fds):
+                control.send(peer, answer, attached)
+        except (EOFError, OSError):
+            self.loop.forget(peer)
+            peer.close()
+        finally:
+            control.close_all(fds)
+
+    def _answers(self, message: control.Message, fds: list[int]) -> Iterator[control.Reply]:
+        op, name = message.get("op"), str(message.get("name"))
+        if op == "list":
+            yield from [({"name": held}, [fd]) for held, fd in self.store.items()]
+            yield {"end": True}, ()
+        elif IMAGE.fullmatch(name) and (op, len(fds)) in (("put", 1), ("drop", 0)):
+            control.close_all([self.store.pop(name)] if name in self.store else [])
+            self.store |= {name: fds.pop()} if op == "put" else {}
+            yield {}, ()
+        elif op == "ready":
+            for worker in self.workers:
+                worker.ready |= worker.name == name
+            self._announce()
+            yield {}, ()
+        elif op == "status":
+            pids = {"keeper": os.getpid()} | {worker.name: worker.pid for worker in self.workers}
+            yield {"version": __version__, "pids": pids}, ()
+        else:
+            yield {"error": f"no such request: {str(op)[:40]} {name[:40]}", "reason": "invalid-argument"}, ()
+
+    def _announce(self) -> None:
+        """Tell systemd, once, that both workers serve (sd_notify(3))."""
+        if "NOTIFY_SOCKET" in os.environ and all(worker.ready for worker in self.workers):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+                sock.sendto(b"READY=1", os.environ.pop("NOTIFY_SOCKET").replace("@", "\0", 1))
+
+    def _end(self, workers: list[Worker], number: int, seconds: float) -> None:
+        """Signal the workers and serve them until they are gone, `seconds` are over, or we are told to stop (again)."""
+        for worker in workers:
+            worker.kill(number)
+        self.loop.run_while(lambda: any(worker.pid for worker in workers) and not self.loop.told(*STOP), seconds)
+
+    def _shut_down(self) -> int:
+        log("info", "shutting down")
+        self.loop.forget_signals()
+        self._end([self.snapshotd], signal.SIGTERM, DRAIN_SECONDS)
+        self.snapshotd.kill(signal.SIGKILL)
+        self._end([self.blobd], signal.SIGTERM, LEAVE_SECONDS)
+        if self.loop.told(*STOP):  # a second time
+            self.loop.forget_signals()
+            self._end([self.blobd], signal.SIGINT, LEAVE_SECONDS)
+        if self.blobd.pid:
+            log("warning", "images are in use: blobd stays and serves them", pid=self.blobd.pid)
+        socket.socket(fileno=self.store["listen-grpc"]).shutdown(socket.SHUT_RDWR)
+        for path in (self.address, f"{self.root}/keeper.sock"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        return 0
+
+    def _reload(self) -> None:
+        """Replace both workers and this program by what is installed now; pid, lock and descriptors stay."""
+        log("info", "reloading")
+        self._end(self.workers, signal.SIGINT, RELOAD_SECONDS)
+        self._end(self.workers, signal.SIGKILL, 1)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now stays pending for the successor
+        if self.loop.told(*STOP):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return
+        handover = {**self.store, "lock": self.lock}
+        for fd in handover.values():
+            os.set_inheritable(fd, True)
+        os.environ[HANDOVER] = json.dumps(handover)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command line
+
+
+def main(flags: list[str]) -> int:
+    """`flags` come in pairs and have been checked by the caller."""
+    options = dict(zip(flags[::2], flags[1::2], strict=True))
+    root, address = options["--root"], options["--address"]
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one descriptor per image
+    os.umask(0o077)
+    os.makedirs(root, exist_ok=True)
+    commands = {name: [sys.executable, "-P", "-m", module, *flags] for name, module in MODULES.items()}
+    try:
+        return Keeper(root, address, commands).run()
+    except BlockingIOError:
+        sys.stderr.write(f"coco-snapshotter: error: already running as pid {control.lock_holder(f'{root}/lock')}\n")
+        return 5
+    except OSError as error:
+        sys.stderr.write(f"coco-snapshotter: error: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

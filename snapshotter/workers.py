@@ -1,0 +1,108 @@
+"""A worker process as the keeper sees it: started or adopted, watched by pidfd, restarted with a growing delay.
+
+Standard library only, like everything that the keeper imports.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+
+from snapshotter import control
+from snapshotter.loop import Loop
+
+FIRST_DELAY, LAST_DELAY, STEADY_SECONDS = 0.1, 2.0, 10.0  # a worker that lived this long starts again at once
+
+
+def log(level: str, event: str, **fields: object) -> None:
+    """One JSON line to stderr, shaped like those of the workers."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    line = json.dumps({"event": event, **fields, "process": "keeper", "level": level, "timestamp": stamp})
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+class Worker:
+    """`pid` is 0 while none lives. A living one holds `<root>/<name>.lock` and answers on `<root>/<name>.sock`."""
+
+    def __init__(self, name: str, command: list[str], root: str) -> None:
+        self.name, self.command = name, command
+        self._lock, self._socket = f"{root}/{name}.lock", f"{root}/{name}.sock"
+        self.pid, self.pidfd, self.ready = 0, -1, False
+        self.due, self._started, self._delay = 0.0, 0.0, FIRST_DELAY
+
+    def start(self) -> bool:
+        # A session of its own: Ctrl-C and hang-up reach the keeper alone, and workers outlive its terminal.
+        default = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+        try:
+            pid = os.posix_spawn(
+                self.command[0], self.command, os.environ, setsid=True, setsigmask=(), setsigdef=default
+            )
+        except OSError as error:  # out of memory or of processes: try again later
+            log("error", "worker cannot be started", worker=self.name, error=str(error))
+            self.due = time.monotonic() + LAST_DELAY
+            return False
+        self._living(pid)
+        log("info", "worker started", worker=self.name, pid=pid)
+        return True
+
+    def adopt(self, needed: set[str], patience: float) -> dict[str, int]:
+        """Take over a living worker of an earlier keeper: the descriptors that it holds, by name; {} if there is none.
+
+        One that does not hold all of `needed`, or does not answer for `patience` seconds (0: is not asked), is killed.
+        """
+        found: dict[str, int] = {}
+        deadline = time.monotonic() + patience
+        while not found and (pid := control.lock_holder(self._lock)) is not None:
+            if time.monotonic() >= deadline:
+                self._living(pid)
+                return self._destroy()
+            try:
+                found, _ = control.fetch_all(self._socket, {"op": "dump"}, timeout=30)
+            except (OSError, EOFError):  # it may be starting or ending
+                time.sleep(0.1)
+        if not found or pid is None:
+            return {}
+        self._living(pid)
+        if not needed <= found.keys():
+            control.close_all(found.values())
+            return self._destroy()
+        self.ready = True
+        log("info", "worker adopted", worker=self.name, pid=pid, descriptors=len(found))
+        return found
+
+    def kill(self, number: int) -> None:
+        if self.pid:
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def watch(self, loop: Loop) -> None:
+        """Have `loop` note the end of this process."""
+
+        def ended() -> None:
+            loop.forget(self.pidfd)
+            self._reap()
+
+        loop.watch(self.pidfd, ended)
+
+    def _reap(self) -> None:
+        try:
+            status: object = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        except ChildProcessError:  # adopted: init reaps it
+            status = "unknown"
+        log("info", "worker ended", worker=self.name, pid=self.pid, status=status)
+        self._delay = FIRST_DELAY if time.monotonic() - self._started >= STEADY_SECONDS else self._delay
+        self.due, self._delay = time.monotonic() + self._delay, min(2 * self._delay, LAST_DELAY)
+        os.close(self.pidfd)
+        self.pid, self.pidfd, self.ready = 0, -1, False
+
+    def _living(self, pid: int) -> None:
+        self.pid, self.pidfd, self._started = pid, os.pidfd_open(pid), time.monotonic()
+
+    def _destroy(self) -> dict[str, int]:
+        log("error", "worker cannot be adopted and is killed", worker=self.name, pid=self.pid)
+        self.kill(signal.SIGKILL)
+        select.select([self.pidfd], [], [], 10)
+        self._reap()
+        return {}

@@ -1,0 +1,75 @@
+"""Who gives us layer keys: the `KeyProvider` seam, and private key files as its first implementation."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from snapshotter import labels
+from snapshotter.config import Limits
+from snapshotter.crypto.layer import LayerPrivate
+from snapshotter.errors import ConfigError, InvalidArgument, KeyDenied, LimitExceeded, MalformedImage
+from snapshotter.keys import annotations as enc
+from snapshotter.keys import jwe
+
+log = structlog.get_logger(__name__)
+
+_KEY_FILE_BYTES = 64 << 10  # jwe refuses more
+
+
+class KeyProvider(Protocol):
+    """Turns the key annotations of a layer into its private options."""
+
+    async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
+        """Raises KeyDenied (no-key), MalformedImage, LimitExceeded, Unavailable. The caller wipes the result."""
+        ...
+
+
+class FileKeys:
+    """Private keys in PEM files, for layers wrapped by JWE."""
+
+    def __init__(self, paths: Sequence[Path | str]) -> None:
+        """Reads every file once. Raises ConfigError naming the file and never its content."""
+        self._keys = tuple(_load(Path(path)) for path in paths)
+
+    @property
+    def kids(self) -> tuple[str, ...]:
+        """RFC 7638 thumbprints, in the order of the files."""
+        return tuple(key.kid for key in self._keys)
+
+    async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
+        """See KeyProvider. Tries every packet with every key; one broken packet does not hide a good one."""
+        enc.check_size(annotations, limits)
+        packets = enc.packets(annotations, labels.ENC_KEYS_JWE, limits)
+        if not packets:
+            present = ", ".join(scheme[:60] for scheme in enc.schemes(annotations)[:8]) or "nothing"
+            raise KeyDenied(f"layer key: wrapped for {present}; private key files open only jwe")
+        return await asyncio.to_thread(self._first, packets, limits)  # an RSA operation takes milliseconds
+
+    def _first(self, packets: Sequence[bytes], limits: Limits) -> LayerPrivate:
+        broken: MalformedImage | LimitExceeded | None = None
+        for packet in packets:
+            try:
+                with jwe.unwrap(packet, self._keys, max_recipients=limits.recipients) as options:
+                    return LayerPrivate.parse(options)
+            except KeyDenied:
+                continue
+            except (MalformedImage, LimitExceeded) as error:
+                broken = broken or error
+        raise broken or KeyDenied(jwe.no_key(self._keys))
+
+
+def _load(path: Path) -> jwe.PrivateKey:
+    try:
+        with path.open("rb") as file:
+            pem = file.read(_KEY_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"key file {path}: {error.strerror}") from error
+    try:
+        key = jwe.PrivateKey.load(pem)
+    except InvalidArgument as error:
+        raise ConfigError(f"key file {path}: {error}") from None
+    log.info("private key loaded", file=str(path), kid=key.kid)
+    return key

@@ -1,0 +1,1 @@
+"""Benchmarks, one table: `python -m tests.bench`."""

@@ -1,0 +1,189 @@
+"""A private containerd with our daemon as proxy plugin, and `ctr` on it. Nothing of the system's containerd is touched.
+
+One `Release` says where the binaries of a version are and how its configuration is written; Debian's 1.6 is `DEBIAN`.
+"""
+
+import itertools
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.harness.cri import Cri
+from tests.harness.machine import Work, until
+from tests.harness.process import Process
+
+PLUGIN = "coco"
+NAMESPACE = "k8s.io"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a private containerd keeps its things."""
+
+    home: Path
+    snapshotter: str
+    plugins: Mapping[str, Path]  # proxy plugin name → socket
+
+    @property
+    def socket(self) -> Path:
+        return self.home / "c.sock"
+
+
+def config_v2(layout: Layout) -> str:
+    """containerd 1.6 and 1.7."""
+    proxies = "".join(
+        f'[proxy_plugins.{name}]\n  type = "snapshot"\n  address = "{socket}"\n'
+        for name, socket in layout.plugins.items()
+    )
+    home = layout.home
+    unused = ", ".join(f'"io.containerd.snapshotter.v1.{name}"' for name in ("aufs", "btrfs", "devmapper", "zfs"))
+    return f"""version = 2
+root = "{home}/root"
+state = "{home}/state"
+disabled_plugins = [{unused}, "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
+[grpc]
+  address = "{layout.socket}"
+[ttrpc]
+  address = "{home}/t.sock"
+{proxies}
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{home}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "{layout.snapshotter}"
+    disable_snapshot_annotations = false
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{home}/cni"
+  [plugins."io.containerd.grpc.v1.cri".registry]
+    config_path = "{home}/certs.d"
+"""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A containerd version: the folder of its binaries ("" = PATH) and its configuration."""
+
+    binaries: str
+    config: Callable[[Layout], str]
+
+
+DEBIAN = Release("", config_v2)
+
+
+class Containerd:
+    """A running containerd. `snapshotter` is what CRI pulls with; `plugins` are sockets of snapshotters."""
+
+    def __init__(
+        self,
+        work: Work,
+        name: str,
+        *,
+        snapshotter: str = PLUGIN,
+        plugins: Mapping[str, Path] | None = None,
+        release: Release = DEBIAN,
+    ) -> None:
+        home = work.directory(name)
+        for part in ("cni", "certs.d", "fifo", "opt"):
+            (home / part).mkdir()
+        self.home = home
+        self.layout = Layout(home, snapshotter, plugins or {})
+        self._path = f"{release.binaries}:{os.environ['PATH']}" if release.binaries else os.environ["PATH"]
+        self._environment = work.environment | {"PATH": self._path}
+        self._numbers = itertools.count(1)
+        self._label = name
+        config = home / "config.toml"
+        config.write_text(release.config(self.layout))
+        self.process = Process(work, name, ["containerd", "-c", config], environment={"PATH": self._path})
+        self.process.wait_until(lambda: self.try_ctr("version").returncode == 0, "ctr version answers")
+        self.cri = Cri(self.layout.socket)
+        work.stack.callback(self.cri.close)
+        self.process.wait_until(self._cri_answers, "its CRI plugin answers")
+        work.stack.callback(self.remove_containers)
+
+    def _cri_answers(self) -> bool:
+        import grpc
+
+        try:
+            return bool(self.cri.version())
+        except grpc.RpcError:
+            return False
+
+    # ctr
+
+    def _command(self, *arguments: str) -> list[str]:
+        return ["ctr", "-a", str(self.layout.socket), "-n", NAMESPACE, *arguments]
+
+    def try_ctr(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self._command(*arguments), capture_output=True, text=True, errors="replace", timeout=timeout,
+            env=self._environment, check=False,
+        )  # fmt: skip
+
+    def ctr(self, *arguments: str, timeout: float = 120) -> str:
+        """Standard output of a ctr command; raises with its error text when it fails."""
+        result = self.try_ctr(*arguments, timeout=timeout)
+        if result.returncode:
+            raise RuntimeError(f"ctr {' '.join(arguments[:3])}: {result.returncode}: {result.stderr.strip()[-2000:]}")
+        return result.stdout
+
+    def run_command(
+        self, reference: str, command: Sequence[str], *options: str, snapshotter: str | None = None
+    ) -> list[str]:
+        """The command line of `ctr run --rm` in a new container, for callers that watch it run."""
+        identity = f"{self._label}-{next(self._numbers)}"
+        return self._command(
+            "run", "--rm", "--fifo-dir", str(self.home / "fifo"), "--runc-root", str(self.home / "runc"),
+            "--snapshotter", snapshotter or self.layout.snapshotter, *options, reference, identity, *command,
+        )  # fmt: skip
+
+    def run(self, reference: str, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command in a new container of an image that is here, and remove the container."""
+        return subprocess.run(
+            self.run_command(reference, command), capture_output=True, text=True, errors="replace", timeout=timeout,
+            env=self._environment, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def popen(self, reference: str, *command: str) -> "subprocess.Popen[str]":
+        """The same, running: lines of its standard output can be read as they come."""
+        return subprocess.Popen(
+            self.run_command(reference, command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=self._environment,
+        )  # fmt: skip
+
+    def snapshots(self, snapshotter: str | None = None) -> dict[str, tuple[str, str]]:
+        """key → (parent, kind) as containerd sees them."""
+        rows = self.ctr("snapshots", "--snapshotter", snapshotter or self.layout.snapshotter, "ls").splitlines()[1:]
+        found = {}
+        for row in rows:
+            fields = row.split()
+            found[fields[0]] = (fields[1] if len(fields) == 3 else "", fields[-1])
+        return found
+
+    def content(self) -> set[str]:
+        """Digests in the content store: what containerd itself has downloaded."""
+        return set(self.ctr("content", "ls", "-q").split())
+
+    def remove_containers(self) -> None:
+        """Kill and remove every container, so that shims end and overlay mounts go."""
+        if not self.process.running:
+            return
+        for identity in self.ctr("containers", "ls", "-q").split():
+            self.try_ctr("tasks", "rm", "-f", identity)
+            self.try_ctr("containers", "rm", identity)
+
+    def remove_image(self, reference: str) -> None:
+        """Remove an image and wait until garbage collection has removed its snapshots and content."""
+        self.cri.remove(reference)
+        # `--sync` on any removal runs the collector and waits for it; the name need not exist any more.
+        self.try_ctr("images", "rm", "--sync", reference)
+        self.try_ctr("leases", "create", "--id", "gc-now", "--expires", "1s")
+        self.try_ctr("leases", "rm", "--sync", "gc-now")
+
+    def wait_for_no_snapshots(self, timeout: float = 30) -> None:
+        until(lambda: not self.snapshots(), f"{self._label}: all snapshots are collected", timeout)

@@ -1,0 +1,48 @@
+#!/bin/bash
+# Install what tests, demo and benchmarks need: Debian packages and a virtual environment. Does nothing when all is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+say() { printf '\033[1m== %s\033[0m\n' "$*"; }
+
+# program:package
+needed="containerd:containerd runc:runc docker-registry:docker-registry skopeo:skopeo debootstrap:debootstrap
+mkfs.erofs:erofs-utils busybox:busybox-static setfattr:attr setfacl:acl setcap:libcap2-bin fio:fio openssl:openssl git:git
+mkfs.ext4:e2fsprogs losetup:mount iptables:iptables"
+export PATH="$PATH:/usr/sbin:/sbin"
+missing=""
+for pair in $needed; do
+  command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair##*:}"
+done
+[ -x .venv/bin/python ] || python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+
+if [ -n "$missing" ]; then
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "not installed:$missing (needs root on Debian 12); tests that use them are skipped" >&2
+  else
+    say "installing$missing"
+    log=$(mktemp)
+    # Keep apt from starting a system containerd or registry: everything here runs privately.
+    guard=/usr/sbin/policy-rc.d
+    if [ ! -e "$guard" ]; then
+      printf '#!/bin/sh\nexit 101\n' >"$guard"
+      chmod 755 "$guard"
+      trap 'rm -f "$guard"' EXIT
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    # shellcheck disable=SC2086
+    { apt-get -qq update && apt-get -qq -y --no-install-recommends install $missing; } >"$log" 2>&1 || {
+      tail -n 20 "$log" >&2
+      exit 1
+    }
+    rm -f "$log"
+  fi
+fi
+
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+stamp=$(sha256sum pyproject.toml | cut -d' ' -f1)
+if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.installed 2>/dev/null)" != "$stamp" ]; then
+  say "installing the Python packages into .venv"
+  [ -x .venv/bin/python ] || python3 -m venv .venv
+  .venv/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+  echo "$stamp" >.venv/.installed
+fi

@@ -141,6 +141,12 @@ class MalformedImage(IntegrityError):
     default_reason = "bad-bootstrap"
 
 
+class BadLayer(MalformedImage):
+    """A source layer is not a tar archive that could be unpacked."""
+
+    default_reason = "bad-layer"
+
+
 class LimitExceeded(SnapshotterError):
     """Remote input is larger than a row of [limits] allows."""
 

@@ -1,0 +1,103 @@
+"""Requests as a registry expects them: authorised, redirected, and each refusal as its own error.
+
+Redirects are followed by hand: Authorization only ever goes to the registry's own origin, HTTPS never steps down, and
+the signed target of a blob is used again until it expires or refuses.
+"""
+
+from collections.abc import AsyncIterator, Callable, Collection, Hashable, Mapping
+from contextlib import asynccontextmanager
+
+from yarl import URL
+
+from snapshotter.errors import NotFound, RegistryDenied, RegistryUnavailable
+from snapshotter.registry import redirects
+from snapshotter.registry.auth import Authenticator, Endpoint
+from snapshotter.registry.retry import TRANSIENT_STATUS, Clock, Transient, retry_after_seconds
+from snapshotter.registry.wire import Answer, Body, Wire
+
+_STALE_TARGET_STATUS = frozenset({400, 401, 403, 404})  # S3 answers 400 ExpiredToken
+
+
+class Session:
+    """Sends requests to registries."""
+
+    def __init__(self, wire: Wire, authenticator: Authenticator, clock: Clock) -> None:
+        self._wire = wire
+        self._authenticator = authenticator
+        self._clock = clock
+        self._targets = redirects.RedirectCache()
+
+    @asynccontextmanager
+    async def send(
+        self,
+        endpoint: Endpoint,
+        method: str,
+        url: URL,
+        *,
+        what: str,
+        scope: str,
+        deadline: float,
+        expect: Collection[int],
+        headers: Mapping[str, str] | None = None,
+        body: Callable[[], Body] | None = None,
+        remember: Hashable = None,
+        patience_seconds: float | None = None,
+    ) -> AsyncIterator[Answer]:
+        """Yield the answer if its status is in `expect`.
+
+        `what` names the object in errors; `body` makes the content anew for each try; `remember` is the key under
+        which the target of a redirect may be used again. Redirects of requests with a body are refused. Raises
+        Transient, RegistryDenied, NotFound, RegistryUnavailable.
+        """
+        first, hops, renewed, resolved_again = url, 0, False, False
+        if remember is not None:
+            url = self._targets.get(remember, self._clock.monotonic()) or first
+        while True:
+            own = redirects.same_origin(url, endpoint.url)
+            authorization = await self._authenticator.header(endpoint, scope, deadline) if own else None
+            async with self._wire.exchange(
+                method,
+                url,
+                headers={**(headers or {}), **({"Authorization": authorization} if authorization else {})},
+                deadline=deadline,
+                body=body() if body else None,
+                patience_seconds=patience_seconds,
+            ) as answer:
+                if answer.status in expect:
+                    yield answer
+                    return
+                await answer.discard()
+            # Only now, with the connection given back, ask anything else.
+            denied = answer.status == 401 or (answer.status == 403 and authorization is not None)
+            if answer.status in redirects.REDIRECT_STATUS and body is None and hops < redirects.MAX_HOPS:
+                hops += 1
+                url = redirects.next_hop(what, url, answer.headers.get("Location"))
+                self._remember(remember, endpoint, url)
+            elif not own and answer.status in _STALE_TARGET_STATUS and not resolved_again:
+                resolved_again, hops = True, 0
+                self._targets.drop(remember, url)
+                url = first
+            elif own and denied and not renewed:
+                renewed = True
+                challenges = answer.values("WWW-Authenticate")
+                await self._authenticator.renew(endpoint, scope, challenges, authorization, deadline)
+            else:
+                raise self._refusal(what, answer)
+
+    def _remember(self, key: Hashable, endpoint: Endpoint, url: URL) -> None:
+        if key is not None and not redirects.same_origin(url, endpoint.url):
+            life = redirects.lifetime_seconds(url, self._clock.time())
+            self._targets.put(key, url, self._clock.monotonic() + life)
+
+    def _refusal(self, what: str, answer: Answer) -> Exception:
+        status = answer.status
+        if status in TRANSIENT_STATUS:
+            pause = retry_after_seconds(answer.headers.get("Retry-After"), self._clock.time())
+            return Transient(f"{what}: registry answers {status}", retry_after_seconds=pause)
+        if status in (401, 403):
+            return RegistryDenied(f"{what}: registry answers {status}")
+        if status == 404:
+            return NotFound(f"{what}: not in the registry")
+        if status in redirects.REDIRECT_STATUS:
+            return RegistryUnavailable(f"{what}: too many redirects, or a redirect of an upload")
+        return RegistryUnavailable(f"{what}: registry answers {status}")

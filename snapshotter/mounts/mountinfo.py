@@ -1,0 +1,47 @@
+"""/proc/self/mountinfo, parsed (proc_pid_mountinfo(5)). Unlike stat, reading it never blocks on a file system."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+class Mount(NamedTuple):
+    """One mount; `device` is "MAJ:MIN", `options` are those of the super block (overlay: lowerdir= and so on)."""
+
+    id: int
+    device: str
+    root: str
+    point: str
+    kind: str
+    source: str
+    options: str
+
+
+def read_mounts(text: str | None = None) -> list[Mount]:
+    """All mounts of this process's namespace, in kernel order."""
+    mounts = []
+    for line in (Path("/proc/self/mountinfo").read_text() if text is None else text).splitlines():
+        left, _, right = line.partition(" - ")
+        number, _, device, root, point = left.split(" ")[:5]
+        kind, source, options = [*right.split(" "), "", ""][:3]
+        mounts.append(Mount(int(number), device, _plain(root), _plain(point), kind, _plain(source), _plain(options)))
+    return mounts
+
+
+def mount_of(path: Path) -> Mount:
+    """The mount that `path` lies on. Not for paths inside our own EROFS mounts."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        info = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    finally:
+        os.close(fd)
+    number = int(re.search(r"^mnt_id:\s*(\d+)$", info, re.MULTILINE)[1])  # type: ignore[index]  # always there
+    return next(mount for mount in read_mounts() if mount.id == number)
+
+
+def _plain(text: str) -> str:
+    """Undo the octal escapes of space, tab, newline and backslash."""
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)

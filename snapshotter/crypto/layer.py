@@ -74,7 +74,7 @@ class LayerPrivate:
     def parse(cls, raw: SecretBytes) -> "LayerPrivate":
         """Raises MalformedImage, which says which check failed and nothing of the content."""
         what = "private layer options"
-        value = encoding.json_object(raw.expose(), what, _OPTIONS_BYTES)
+        value = encoding.json_object(raw.expose() if len(raw) else b"", what, _OPTIONS_BYTES)
         encoding.members(value, what, required=("symkey", "cipheroptions"), optional=("digest",))
         options = value["cipheroptions"]
         if not isinstance(options, dict):

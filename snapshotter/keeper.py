@@ -183,7 +183,8 @@ def main(flags: list[str]) -> int:
     try:
         return Keeper(root, address, commands).run()
     except BlockingIOError:
-        sys.stderr.write(f"coco-snapshotter: error: already running as pid {control.lock_holder(f'{root}/lock')}\n")
+        pid = control.lock_holder(f"{root}/lock")
+        sys.stderr.write(f"coco-snapshotter: error: root {root}: already running as pid {pid}\n")
         return 5
     except OSError as error:
         sys.stderr.write(f"coco-snapshotter: error: {error}\n")

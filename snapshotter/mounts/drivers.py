@@ -31,7 +31,7 @@ class ErofsMounter:
         self._child_seconds = child_seconds
 
     async def mount(self, image_id: int, devices: int, target: Path) -> None:
-        """Mount image `image_id` with `devices` blob devices on the existing directory `target`; mounted is fine.
+        """Mount image `image_id`, `devices` files with the primary, on the directory `target`; mounted already is fine.
 
         Raises SnapshotterError if the kernel refuses, Unavailable if it does not answer in time.
         """

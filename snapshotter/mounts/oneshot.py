@@ -49,7 +49,7 @@ def mount(request: dict[str, Any], driver: str, directio: bool) -> None:
     # EROFS copies the read-ahead of the files that it opens, so the session's is raised first.
     device = os.stat(directory).st_dev
     set_read_ahead(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb", kib)
-    sources = [f"{directory}/{request['image']}-{index}" for index in range(request["devices"] + 1)]
+    sources = [f"{directory}/{request['image']}-{index}" for index in range(request["devices"])]
     opened: list[int] = []
     try:
         if driver == "loop":

@@ -1,0 +1,54 @@
+"""`coco-snapshotter`: parse the command line, run one command, turn errors into exit codes.
+
+Each command module has `register(commands)`, which adds its parsers with a `run(arguments) -> int` default. They import
+what they need inside `run`, so that `version` and `--help` answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from snapshotter import __version__
+from snapshotter.cli import node
+from snapshotter.errors import SnapshotterError
+
+_DESCRIPTION = """\
+Runs container images without downloading them first: containerd asks for snapshots, files are fetched when they are
+read, and sealed images are authenticated and decrypted in this machine's memory only."""
+
+_EPILOG = """\
+exit codes: 0 done; 1 failed; 2 wrong arguments or configuration; 3 not found; 4 exists already; 5 wrong state (serve
+runs already); 10 something does not answer; 11 refused (registry, policy or key); 12 a limit or quota is exceeded;
+20 content is not what it was promised to be; 130 interrupted"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="coco-snapshotter",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"coco-snapshotter {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    node.register(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        code: int = parsed.run(parsed)
+        sys.stdout.flush()
+    except SnapshotterError as error:
+        print(f"coco-snapshotter: error: {error} [reason={error.reason}]", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `… | head`: nobody reads on, which is no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code

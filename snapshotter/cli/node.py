@@ -1,0 +1,137 @@
+"""Commands of a node: `serve`, `status`, `version`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snapshotter import __version__, control
+from snapshotter.errors import Unavailable
+
+if TYPE_CHECKING:
+    from snapshotter.config import Config
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+DEFAULT_CONFIG = Path("/etc/coco-snapshotter/config.toml")
+
+
+def register(commands: "Commands") -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="run the snapshotter on this node",
+        description="Run the snapshotter: listens on a Unix socket for containerd. Stays in the foreground and logs to "
+        "stderr. SIGTERM ends it; images in use are served on until the next start. SIGHUP replaces its code and "
+        "reads the configuration again without disturbing containers.",
+    )
+    _add_flags(serve)
+    serve.add_argument("--cache", metavar="DIR", help="untrusted cache of encrypted chunks (cache_dir)")
+    serve.add_argument("--address", metavar="SOCK", help="Unix socket for containerd (address)")
+    serve.set_defaults(run=run_serve)
+    status = commands.add_parser(
+        "status",
+        help="show what runs here",
+        description="Show processes, images, cache and counters. Exits with 0 only if all three processes answer.",
+    )
+    _add_flags(status)
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.set_defaults(run=run_status)
+    version = commands.add_parser("version", help="print the version", description="Print the version.")
+    version.set_defaults(run=run_version)
+
+
+def _add_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", metavar="FILE", type=Path, help=f"configuration (default: {DEFAULT_CONFIG})")
+    command.add_argument("--root", metavar="DIR", help="directory of trusted state (root)")
+
+
+def load_config(arguments: argparse.Namespace) -> tuple[Path | None, "Config"]:
+    """The file that counts (None: there is none) and its content under the flags. Raises ConfigError."""
+    from snapshotter import config
+
+    path: Path | None = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    flags = {"root": arguments.root, "cache_dir": getattr(arguments, "cache", None)}
+    flags["address"] = getattr(arguments, "address", None)
+    given = {key: os.path.abspath(value) for key, value in flags.items() if value is not None}
+    return path and path.absolute(), config.load(path, **given)
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    """Check everything that can be wrong from the start, then become the keeper: same pid, a fraction of the memory."""
+    from snapshotter import log
+    from snapshotter.image.policy import ImagePolicy
+    from snapshotter.keys.provider import FileKeys
+    from snapshotter.mounts import placement
+
+    path, config = load_config(arguments)
+    log.configure("error", config.log.format)  # the workers say the rest
+    placement.check(config)
+    ImagePolicy.of(config.mode, config.policy)
+    FileKeys(config.keys.files)
+    flags = ["--root", config.root, "--cache", config.cache_dir, "--address", config.address]
+    flags += ["--config", str(path)] if path else []
+    # -P keeps the working directory out of the import path; this package is found where it was found now.
+    search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(search)
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "snapshotter.keeper", *flags])  # noqa: S606
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    _, config = load_config(arguments)
+    answers: dict[str, dict[str, Any]] = {}
+    silent: list[str] = []
+    for name in ("keeper", "snapshotd", "blobd"):
+        try:
+            answers[name], fds = control.request(f"{config.root}/{name}.sock", {"op": "status"})
+            control.close_all(fds)
+        except OSError as error:
+            silent.append(f"{name} ({error.strerror or error})")
+        except EOFError:
+            silent.append(f"{name} (closed the connection)")
+    document = _document(config, answers)
+    if arguments.json:
+        print(json.dumps(document))
+    else:
+        _print(document)
+    if silent:
+        raise Unavailable(f"root {config.root}: no answer from {', '.join(silent)}", hint="is `serve` running?")
+    return 0
+
+
+def _document(config: "Config", answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of docs/architecture.md, section 8. The running snapshotd knows better than the file what it uses."""
+    keeper, snapshotd, blobd = (answers.get(name, {}) for name in ("keeper", "snapshotd", "blobd"))
+    return {
+        "version": keeper.get("version", __version__),
+        "mode": snapshotd.get("mode", config.mode),
+        "root": config.root,
+        "cache_dir": snapshotd.get("cache_dir", config.cache_dir),
+        "address": snapshotd.get("address", config.address),
+        "pids": {
+            "keeper": keeper.get("pids", {}).get("keeper"),
+            "snapshotd": snapshotd.get("pid"),
+            "blobd": blobd.get("pid"),
+        },
+        "images": snapshotd.get("images", []),
+        "cache": blobd.get("cache", {"bytes": 0, "entries": 0}),
+        "counters": {**blobd.get("counters", {}), **snapshotd.get("counters", {})},
+    }
+
+
+def _print(document: dict[str, Any]) -> None:
+    for key in ("version", "mode", "root", "cache_dir", "address"):
+        print(f"{key:10} {document[key]}")
+    for name, pid in document["pids"].items():
+        print(f"{name:10} {f'pid {pid}' if pid else 'does not answer'}")
+    print(f"{'cache':10} {document['cache']['entries']} chunks, {document['cache']['bytes'] / (1 << 20):.1f} MiB")
+    for image in document["images"]:
+        print(f"image      {image['reference']} {image['manifest']}{' mounted' if image['mounted'] else ''}")
+    for name, value in sorted(document["counters"].items()):
+        print(f"counter    {name} {value}")
+
+
+def run_version(_: argparse.Namespace) -> int:
+    print(f"coco-snapshotter {__version__}")
+    return 0

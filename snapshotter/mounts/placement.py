@@ -1,0 +1,95 @@
+"""Where state may live: checked once, before `serve` starts anything.
+
+`root` holds what containers write and what we believe at the next start, so nobody else may be able to change it: not
+another user of this machine, and in mode confidential not the host under it either.
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from snapshotter.config import Config
+from snapshotter.errors import ConfigError
+from snapshotter.mounts.mountinfo import mount_of
+
+_MEMORY = ("tmpfs", "ramfs")
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError saying what to change. Creates nothing."""
+    if os.geteuid() != 0:
+        raise ConfigError("serve mounts file systems and must run as root", reason="not-root")
+    root = Path(os.path.realpath(config.root))
+    _check_owner(root)
+    if config.mode == "confidential":
+        _check_apart(root, Path(os.path.realpath(config.cache_dir)), Path(os.path.realpath(config.address)))
+        _check_trusted(root, config.trusted_devices)
+        _check_swap(config.trusted_devices, Path("/proc/swaps").read_text())
+
+
+def _check_owner(root: Path) -> None:
+    """Only root may own or write `root` or rename anything above it; a sticky directory such as /tmp is fine above."""
+    for path in (root, *root.parents):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # will be made, mode 0700
+        except OSError as error:
+            raise ConfigError(f"root {root}: {path}: {error.strerror}", reason="root-directory") from error
+        if not stat.S_ISDIR(status.st_mode):
+            raise ConfigError(f"root {root}: {path} is no directory", reason="root-directory")
+        loose = status.st_mode & 0o022 and not (path != root and status.st_mode & stat.S_ISVTX)
+        if status.st_uid != 0 or loose:
+            raise ConfigError(
+                f"root {root}: {path} has owner {status.st_uid} and mode {stat.S_IMODE(status.st_mode):04o}",
+                reason="root-directory",
+                hint="only root may own it, and neither group nor others may write to it",
+            )
+
+
+def _check_apart(root: Path, cache: Path, address: Path) -> None:
+    if cache.is_relative_to(root) or root.is_relative_to(cache):
+        raise ConfigError(
+            f"cache_dir {cache} and root {root} lie inside each other",
+            reason="directories",
+            hint="mode confidential keeps trusted state and the untrusted cache apart",
+        )
+    if address.is_relative_to(cache):
+        raise ConfigError(f"address {address} lies inside the untrusted cache_dir {cache}", reason="directories")
+
+
+def _check_trusted(root: Path, trusted: Sequence[str]) -> None:
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    mount = mount_of(existing)
+    if mount.kind in _MEMORY or mount.device in {_device(name) for name in trusted}:
+        return
+    raise ConfigError(
+        f"root {root} lies on {mount.kind}, device {mount.device} ({mount.source}), which the host can read and change",
+        reason="untrusted-root",
+        hint="put root on a tmpfs, or on an encrypted and integrity-protected device named in trusted_devices",
+    )
+
+
+def _check_swap(trusted: Sequence[str], swaps: str) -> None:
+    """Keys and decrypted file contents are memory: they must not be swapped out to where the host reads them."""
+    devices = {_device(name) for name in trusted}
+    for line in swaps.splitlines()[1:]:
+        path = line.split()[0]
+        if not path.startswith("/dev/zram") and _device(path) not in devices:
+            raise ConfigError(
+                f"swap space {path} is active, which the host can read",
+                reason="untrusted-swap",
+                hint="swapoff it, or name its encrypted device in trusted_devices",
+            )
+
+
+def _device(name: str) -> str:
+    """ "MAJ:MIN" of a block device given by path or by that very text; "" for what is no block device."""
+    if not name.startswith("/"):
+        return name
+    try:
+        status = os.stat(name)
+    except OSError:
+        return ""
+    return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if stat.S_ISBLK(status.st_mode) else ""

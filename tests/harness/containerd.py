@@ -9,6 +9,9 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+import grpc
 
 from tests.harness.cri import Cri
 from tests.harness.machine import Work, until
@@ -94,7 +97,7 @@ class Containerd:
         self.home = home
         self.layout = Layout(home, snapshotter, plugins or {})
         self._path = f"{release.binaries}:{os.environ['PATH']}" if release.binaries else os.environ["PATH"]
-        self._environment = work.environment | {"PATH": self._path}
+        self.environment = work.environment | {"PATH": self._path}
         self._numbers = itertools.count(1)
         self._label = name
         config = home / "config.toml"
@@ -107,8 +110,6 @@ class Containerd:
         work.stack.callback(self.remove_containers)
 
     def _cri_answers(self) -> bool:
-        import grpc
-
         try:
             return bool(self.cri.version())
         except grpc.RpcError:
@@ -122,7 +123,7 @@ class Containerd:
     def try_ctr(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self._command(*arguments), capture_output=True, text=True, errors="replace", timeout=timeout,
-            env=self._environment, check=False,
+            env=self.environment, check=False,
         )  # fmt: skip
 
     def ctr(self, *arguments: str, timeout: float = 120) -> str:
@@ -132,29 +133,28 @@ class Containerd:
             raise RuntimeError(f"ctr {' '.join(arguments[:3])}: {result.returncode}: {result.stderr.strip()[-2000:]}")
         return result.stdout
 
-    def run_command(
-        self, reference: str, command: Sequence[str], *options: str, snapshotter: str | None = None
-    ) -> list[str]:
-        """The command line of `ctr run --rm` in a new container, for callers that watch it run."""
-        identity = f"{self._label}-{next(self._numbers)}"
+    def run_command(self, identity: str, reference: str, command: Sequence[str], *options: str) -> list[str]:
+        """The command line of `ctr run --rm` for a new container."""
         return self._command(
             "run", "--rm", "--fifo-dir", str(self.home / "fifo"), "--runc-root", str(self.home / "runc"),
-            "--snapshotter", snapshotter or self.layout.snapshotter, *options, reference, identity, *command,
+            "--snapshotter", self.layout.snapshotter, *options, reference, identity, *command,
         )  # fmt: skip
 
-    def run(self, reference: str, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def new_identity(self) -> str:
+        return f"{self._label}-{next(self._numbers)}"
+
+    def run(
+        self, reference: str, *command: str, options: Sequence[str] = (), timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command in a new container of an image that is here, and remove the container."""
         return subprocess.run(
-            self.run_command(reference, command), capture_output=True, text=True, errors="replace", timeout=timeout,
-            env=self._environment, check=False, stdin=subprocess.DEVNULL,
+            self.run_command(self.new_identity(), reference, command, *options), capture_output=True, text=True,
+            errors="replace", timeout=timeout, env=self.environment, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def popen(self, reference: str, *command: str) -> "subprocess.Popen[str]":
-        """The same, running: lines of its standard output can be read as they come."""
-        return subprocess.Popen(
-            self.run_command(reference, command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env=self._environment,
-        )  # fmt: skip
+    def start(self, reference: str, *command: str, options: Sequence[str] = ()) -> "Container":
+        """Start a container and leave it running."""
+        return Container(self, reference, command, options)
 
     def snapshots(self, snapshotter: str | None = None) -> dict[str, tuple[str, str]]:
         """key → (parent, kind) as containerd sees them."""
@@ -187,3 +187,44 @@ class Containerd:
 
     def wait_for_no_snapshots(self, timeout: float = 30) -> None:
         until(lambda: not self.snapshots(), f"{self._label}: all snapshots are collected", timeout)
+
+
+class Container:
+    """A running container; its standard output can be read as it comes. `kill()` ends and removes it."""
+
+    def __init__(self, daemon: Containerd, reference: str, command: Sequence[str], options: Sequence[str]) -> None:
+        self._daemon = daemon
+        self._execs = itertools.count(1)
+        self.identity = daemon.new_identity()
+        self.process = subprocess.Popen(
+            daemon.run_command(self.identity, reference, command, *options), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=daemon.environment,
+        )  # fmt: skip
+
+    @property
+    def stdout(self) -> IO[str]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def wait_running(self, timeout: float = 60) -> None:
+        def running() -> bool:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"container {self.identity} ended: {self.stdout.read()[-2000:]}")
+            return f"{self.identity} " in self._daemon.ctr("tasks", "ls")
+
+        until(running, f"container {self.identity} runs", timeout)
+
+    def exec(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command inside and return its result."""
+        name = f"exec-{next(self._execs)}"
+        return self._daemon.try_ctr(
+            "tasks", "exec", "--fifo-dir", str(self._daemon.home / "fifo"), "--exec-id", name, self.identity, *command,
+            timeout=timeout,
+        )  # fmt: skip
+
+    def kill(self) -> None:
+        """SIGKILL the container and wait until `ctr run` has removed it."""
+        if self.process.poll() is None:
+            self._daemon.try_ctr("tasks", "kill", "-s", "SIGKILL", self.identity)
+        self.process.wait(30)
+        self.stdout.close()

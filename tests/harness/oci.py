@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,6 +66,14 @@ class Layout:
         name = hashlib.sha256(content).hexdigest()
         (self._blobs / name).write_bytes(content)
         return {"mediaType": media_type, "digest": f"sha256:{name}", "size": len(content)}
+
+    def take_blobs(self, other: "Layout") -> None:
+        """Have all blobs of another layout here too, as hard links where that is possible."""
+        for blob in other._blobs.iterdir():
+            try:
+                os.link(blob, self._blobs / blob.name)
+            except OSError:
+                shutil.copyfile(blob, self._blobs / blob.name)
 
     @contextmanager
     def _new_layer(self) -> Iterator[tuple[tarfile.TarFile, list[Layer]]]:

@@ -1,0 +1,152 @@
+"""Run a container from an encrypted image, lazily, and prove what that promises. Needs root on Debian 12."""
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.demo import canary, proofs
+from tests.demo.canary import Scan
+from tests.demo.report import Figures, Report
+from tests.demo.stage import MARK, Published, Stage, listing
+from tests.demo.writes import WriteWatch
+from tests.harness.containerd import Containerd
+from tests.harness.machine import Work, loops, mounts
+from tests.harness.serve import Serve
+
+
+def ordinary(stage: Stage, image: Published) -> tuple[Figures, str]:
+    """containerd's own overlayfs: the full download."""
+    containerd = stage.containerd("containerd-overlayfs", None)
+    figures = stage.measure(containerd, image, None)
+    files = listing(containerd, image.by_digest)
+    containerd.remove_image(image.by_digest)
+    containerd.process.stop()
+    return figures, files
+
+
+def confidential(stage: Stage, image: Published, expected: str) -> tuple[Figures, Scan, int]:
+    """Our snapshotter in mode confidential, and every proof that needs it alive."""
+    report = stage.report
+    written = Scan(stage.canaries)
+    with WriteWatch(
+        [stage.work.path, stage.trusted, Path("/tmp"), Path("/run")], f"{MARK}=1", written.content
+    ) as watch:
+        daemon = stage.confidential(image)
+        containerd = stage.containerd("containerd-coco", daemon)
+        mark = stage.registry.mark()
+        figures = stage.measure(containerd, image, daemon)
+        proofs.no_layer_by_containerd(stage, image, containerd, mark)
+
+        report.step("reading every file of the sealed image")
+        files = listing(containerd, image.by_digest)
+        proofs.same_files(report, "\n".join(_without_flip(files)), "\n".join(_without_flip(expected)))
+        proofs.read_canaries(containerd, image, stage.canaries)
+
+        report.step("flipping a byte on the registry")
+        container = containerd.start(image.by_digest, "/bin/sleep", "10000")
+        container.wait_running()
+        proofs.flipped_byte(stage, image, container)
+        container.kill()
+
+        report.step("killing each process while a container reads")
+        proofs.kills(stage, image, daemon, containerd, expected)
+
+        report.step("letting the registry swap the image")
+        containerd.remove_image(image.by_digest)
+        containerd.wait_for_no_snapshots()
+        proofs.swaps(stage, image, daemon, containerd)
+        scan = proofs.scan(daemon, image.link, stage.canaries, written)
+        containerd.process.stop()
+        daemon.stop()
+    if watch.overflowed:
+        raise RuntimeError("the kernel dropped write events; the scan would be incomplete")
+    return figures, scan, watch.files
+
+
+def by_seal_only(stage: Stage, image: Published) -> None:
+    """A node that demands sealed images but pins none."""
+    settings = {"policy": {"require": "sealed"}, "keys": {"files": [str(stage.private_key)]}}
+    daemon = Serve(stage.work, "sealed-only", settings)
+    containerd = stage.containerd("containerd-sealed-only", daemon)
+    proofs.swaps_without_pin(stage, image, daemon, containerd)
+    containerd.process.stop()
+    daemon.stop()
+
+
+def plain(stage: Stage) -> tuple[Figures, Scan]:
+    """The same image not encrypted: lazy too, and the scan must find every canary."""
+    image = stage.convert("plain", "--plain")
+    daemon = Serve(stage.work, "plain")
+    containerd = stage.containerd("containerd-plain", daemon)
+    figures = stage.measure(containerd, image, daemon)
+    proofs.read_canaries(containerd, image, stage.canaries)
+    scan = proofs.scan(daemon, image.link, stage.canaries)
+    _leave(containerd, image, daemon)
+    return figures, scan
+
+
+def _leave(containerd: Containerd, image: Published, daemon: Serve) -> None:
+    containerd.remove_image(image.by_digest)
+    containerd.wait_for_no_snapshots()
+    containerd.process.stop()
+    daemon.stop()
+
+
+def _without_flip(listing_text: str) -> list[str]:
+    return [line for line in listing_text.splitlines() if "/opt/flip/" not in line]
+
+
+def perform(stage: Stage) -> None:
+    report = stage.report
+    report.step("building a Debian + Python image of five layers")
+    layout = stage.build()
+    published = stage.publish_ordinary(layout)
+    report.note(f"{sum(published.layers.values()) / 1e6:.1f} MB compressed, pushed as {published.by_tag}")
+
+    report.step("converting it to a sealed image for a fresh key")
+    sealed = stage.convert("sealed", "--recipient", f"jwe:{stage.public_key}", "--hide-config", "all")
+    report.note(f"{sum(sealed.layers.values()) / 1e6:.1f} MB, {sealed.by_digest}")
+
+    report.step("pull and run with containerd's own overlayfs: full download")
+    rows: dict[str, Figures] = {}
+    rows["overlayfs, full pull"], expected = ordinary(stage, published)
+
+    report.step("pull and run with coco-snapshotter, mode confidential, by digest")
+    rows["coco-snapshotter, sealed"], scan, written = confidential(stage, sealed, expected)
+    by_seal_only(stage, sealed)
+
+    report.step("the same scan on a plain conversion")
+    rows["coco-snapshotter, plain"], plain_scan = plain(stage)
+    proofs.canary(report, scan, written, plain_scan)
+    report.table(rows)
+    report.figures |= {name: asdict(row) for name, row in rows.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.parse_args()
+    if os.geteuid() != 0:
+        print("the demo mounts images and runs containers: it needs root", file=sys.stderr)
+        return 2
+    canary.self_check()
+    report = Report()
+    before = (_foreign_state(), set(loops()))
+    with Work("demo") as work:
+        perform(Stage(work, report))
+    left = [*(_foreign_state() - before[0]), *(set(loops()) - before[1])]
+    report.proof(
+        "ends_clean", not left and not work.path.exists(), f"left behind: {', '.join(sorted(left)) or 'nothing'}"
+    )
+    print(report.json())
+    return 0 if report.ok else 1
+
+
+def _foreign_state() -> set[str]:
+    """Mounts of the kinds we make, anywhere on the machine."""
+    return {mount.target for mount in mounts() if mount.kind in ("erofs", "fuse", "overlay", "tmpfs")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -185,3 +185,15 @@ def test_loading_keys_logs_their_ids_only(pairs: dict[str, Pair], caplog: pytest
     assert loaded.kids[0] in repr([record.__dict__ for record in caplog.records])
     body = pairs["p-256"].private.read_text().splitlines()[1]
     assert body not in repr([record.__dict__ for record in caplog.records])
+
+
+async def test_layers_that_skopeo_encrypted(tmp_path: Path) -> None:
+    """tests/vectors/skopeo-layers.json: one layer for each kind of recipient, and one for all of them."""
+    vectors = json.loads((Path(__file__).parents[2] / "vectors" / "skopeo-layers.json").read_text())
+    for vector in vectors["layers"]:
+        for kind in vector["recipients"]:
+            path = tmp_path / kind
+            path.write_text(vectors["keys"][kind])
+            cipher, plain = base64.b64decode(vector["cipher"]), base64.b64decode(vectors["plain"])
+            opened = await ocicrypt.decrypt_layer(cipher, vector["annotations"], FileKeys([path]), Limits())
+            assert opened == plain

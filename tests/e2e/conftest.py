@@ -157,7 +157,7 @@ def node(work: Work, images: Images) -> NodeMaker:
     def make(*, name: str = "coco", key: Path | None = None, **settings: Any) -> Node:
         root = work.directory(f"{name}-root")
         if settings.get("mode") == "confidential":
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(root)], check=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m,mode=0700", "tmpfs", str(root)], check=True)
             work.stack.callback(subprocess.run, ["umount", str(root)], check=True)
         table: Mapping[str, Any] = {"keys": {"files": [str(key or images.key)]}} | settings
         daemon = Serve(work, name, table, root=root)

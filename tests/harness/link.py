@@ -98,14 +98,22 @@ class ShapedLink:
     """A running link in front of `upstream` (host:port). Clients connect to `address`."""
 
     def __init__(
-        self, work: Work, upstream: str, *, round_trip_ms: float = 0, megabits: float = 0, name: str = "link"
+        self,
+        work: Work,
+        upstream: str,
+        *,
+        round_trip_ms: float = 0,
+        megabits: float = 0,
+        name: str = "link",
+        record: bool = True,
     ) -> None:
         port = free_port()
         self.address = f"127.0.0.1:{port}"
         self.record = work.directory(f"{name}-record")
         self.process = Process(
             work, name,
-            [sys.executable, "-m", __name__, str(port), upstream, str(round_trip_ms), str(megabits), self.record],
+            [sys.executable, "-m", __name__, str(port), upstream, str(round_trip_ms), str(megabits),
+             *([self.record] if record else [])],
             environment={"PYTHONPATH": str(Path(__file__).parents[2])},
         )  # fmt: skip
         self.process.wait_until(lambda: "ready" in self.process.output(), "it listens")

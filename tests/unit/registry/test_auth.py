@@ -1,0 +1,399 @@
+"""Challenges, tokens and passwords: who gets them, how long they live, and that they are never shown."""
+
+import asyncio
+import base64
+import json
+import logging
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+
+from snapshotter.config import Limits
+from snapshotter.digest import Digest
+from snapshotter.errors import ConfigError, LimitExceeded, RegistryDenied, RegistryUnavailable
+from snapshotter.registry.auth import find_login, parse_challenges
+from snapshotter.registry.reference import Reference
+from tests.harness import sim_registry as faults
+from tests.harness.sim_registry import FakeClock, SimRegistry, docker_config
+from tests.unit.registry.conftest import Clients
+
+CONTENT = b"content of a blob" * 100
+
+
+@pytest.fixture
+def blob(sim: SimRegistry) -> Digest:
+    return Digest.parse(sim.add_blob(CONTENT))
+
+
+@pytest.fixture
+def logins(tmp_path: Path, sim: SimRegistry) -> str:
+    """A docker config.json with a password for the registry."""
+    path = tmp_path / "config.json"
+    path.write_text(docker_config(sim.address, "user", "hunter2"))
+    return str(path)
+
+
+async def test_an_anonymous_token_is_fetched_once_for_a_repository(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme = "bearer"
+    client = await clients.make()
+    for _ in range(3):
+        assert await client.read_range(image, blob, 5, 10, len(CONTENT)) == CONTENT[5:15]
+    assert sim.kinds() == ["blobs", "token", "blobs", "blobs", "blobs"]
+    assert sim.of("token")[0].path == "/token?service=sim&scope=repository:team/app:pull"
+    assert sim.of("token")[0].authorization is None
+
+
+async def test_parallel_reads_share_one_token(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme = "bearer"
+    client = await clients.make()
+    await asyncio.gather(*(client.read_range(image, blob, i, 10, len(CONTENT)) for i in range(12)))
+    assert sim.kinds().count("token") == 1
+
+
+async def test_one_connection_is_enough_for_the_token_dance(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme = "bearer"
+    client = await clients.make(connections=1)
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+
+
+async def test_a_token_is_renewed_before_it_expires(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, clock: FakeClock
+) -> None:
+    sim.auth.scheme, sim.auth.expires_in = "bearer", 300
+    client = await clients.make()
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    clock.now += 201
+    sim.seen.clear()
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    assert sim.kinds() == ["token", "blobs"]
+
+
+async def test_a_token_without_expiry_lives_a_minute(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, clock: FakeClock
+) -> None:
+    sim.auth.scheme, sim.auth.expires_in = "bearer", None
+    client = await clients.make()
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    clock.now += 41
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    assert sim.kinds().count("token") == 2
+
+
+async def test_a_revoked_token_is_replaced_once(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme = "bearer"
+    client = await clients.make()
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    sim.auth.tokens.clear()
+    sim.seen.clear()
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    assert sim.kinds() == ["blobs", "token", "blobs"]
+
+
+async def test_a_403_to_a_kept_token_is_worth_a_new_one(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    """Some registries answer an expired token with 403 and no challenge."""
+    sim.auth.scheme = "bearer"
+    client = await clients.make()
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    sim.fail(faults.status(403), on="blobs")
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+    assert sim.kinds().count("token") == 2
+
+
+async def test_a_registry_that_refuses_fresh_tokens_is_asked_only_twice(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme = "bearer"
+    client = await clients.make()
+    sim.fail(faults.status(401, WWW_Authenticate=f'Bearer realm="{sim.origin}/token"'), on="blobs", times=10)
+    with pytest.raises(RegistryDenied):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+    assert sim.kinds() == ["blobs", "token", "blobs"]
+
+
+async def test_user_and_password_go_to_the_token_server(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, logins: str
+) -> None:
+    sim.auth.scheme, sim.auth.username, sim.auth.password = "bearer", "user", "hunter2"
+    client = await clients.make(docker_config=logins)
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+    assert all(not (seen.authorization or "").startswith("Basic") for seen in sim.of("blobs"))
+
+
+async def test_an_identity_token_is_traded_for_an_access_token(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, tmp_path: Path
+) -> None:
+    sim.auth.scheme, sim.auth.refresh_token = "bearer", "identity-token"
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"auths": {sim.address: {"identitytoken": "identity-token"}}}))
+    client = await clients.make(docker_config=str(path))
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+    [asked] = sim.of("token")
+    assert asked.method == "POST"
+    assert b"grant_type=refresh_token" in asked.body
+
+
+async def test_a_basic_challenge_is_answered_and_remembered(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, logins: str
+) -> None:
+    sim.auth.scheme, sim.auth.username, sim.auth.password = "basic", "user", "hunter2"
+    client = await clients.make(docker_config=logins)
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    assert len(sim.seen) == 3
+
+
+async def test_a_password_changed_on_disk_is_picked_up(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, logins: str
+) -> None:
+    sim.auth.scheme, sim.auth.username, sim.auth.password = "basic", "user", "hunter2"
+    client = await clients.make(docker_config=logins)
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    sim.auth.password = "rotated"
+    with pytest.raises(RegistryDenied):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+    Path(logins).write_text(docker_config(sim.address, "user", "rotated"))  # noqa: ASYNC240
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+
+
+@pytest.mark.parametrize("scheme", ["basic", "bearer"])
+async def test_wrong_credentials_are_denied_without_being_shown(
+    sim: SimRegistry,
+    clients: Clients,
+    image: Reference,
+    blob: Digest,
+    logins: str,
+    scheme: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    sim.auth.scheme, sim.auth.username, sim.auth.password = scheme, "user", "something else"
+    client = await clients.make(docker_config=logins)
+    with pytest.raises(RegistryDenied) as caught:
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+    encoded = base64.b64encode(b"user:hunter2").decode()
+    shown = f"{caught.value} {caught.value!r} {caught.value.__cause__!r} {caplog.text}"
+    assert "hunter2" not in shown
+    assert encoded not in shown
+
+
+async def test_no_credentials_for_basic_is_denied_with_a_hint(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme = "basic"
+    client = await clients.make()
+    with pytest.raises(RegistryDenied, match="docker_config"):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+
+
+async def test_credentials_of_one_registry_are_not_sent_to_another(
+    sim: SimRegistry, clients: Clients, blob: Digest, logins: str
+) -> None:
+    async with SimRegistry() as other:
+        other.auth.scheme = "bearer"
+        other.add_blob(CONTENT)
+        client = await clients.make(docker_config=logins)
+        reference = Reference.parse(f"{other.address}/team/app:1")
+        assert await client.blob(reference, blob, len(CONTENT), 1 << 20) == CONTENT
+        assert other.of("token")[0].authorization is None
+    assert sim.seen == []
+
+
+async def test_a_token_answer_at_the_limit_is_taken_and_one_above_is_not(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    def grow(response: faults.web.Response) -> None:
+        assert isinstance(response.body, bytes)
+        response.body = response.body.ljust(4096)
+
+    sim.auth.scheme = "bearer"
+    for limit in (4096, 4095):
+        sim.fail(faults.changed(grow), on="token")
+        client = await clients.make(Limits(token_bytes=limit))  # type: ignore[arg-type]
+        if limit == 4096:
+            assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+        else:
+            with pytest.raises(LimitExceeded, match="token_bytes"):
+                await client.blob(image, blob, len(CONTENT), 1 << 20)
+
+
+async def test_an_endless_token_answer_is_refused(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme = "bearer"
+    sim.fail(faults.endless(), on="token")
+    client = await clients.make()
+    with pytest.raises(LimitExceeded, match="token_bytes"):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"{", b"[]", b'{"token":7}', b'{"token":""}', b'{"token":"a b"}', b'{"token":"a\\r\\nX: y"}', b"[" * 5000],
+    ids=range(8),
+)
+async def test_a_broken_token_answer_is_denied(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, answer: bytes
+) -> None:
+    def replace(response: faults.web.Response) -> None:
+        response.body = answer
+
+    sim.auth.scheme = "bearer"
+    sim.fail(faults.changed(replace), on="token")
+    client = await clients.make()
+    with pytest.raises(RegistryDenied):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+
+
+async def test_a_busy_token_server_is_asked_again(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, clock: FakeClock
+) -> None:
+    sim.auth.scheme = "bearer"
+    sim.fail(faults.status(429, Retry_After="7"), on="token")
+    client = await clients.make()
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+    assert clock.slept == [7.0]
+
+
+async def test_a_token_server_that_redirects_is_not_followed(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, logins: str
+) -> None:
+    async with SimRegistry() as thief:
+        sim.auth.scheme, sim.auth.username = "bearer", "user"
+        sim.fail(faults.status(307, Location=f"{thief.origin}/token"), on="token")
+        client = await clients.make(docker_config=logins)
+        with pytest.raises(RegistryDenied):
+            await client.blob(image, blob, len(CONTENT), 1 << 20)
+        assert thief.seen == []
+
+
+@pytest.mark.parametrize("realm", ["", "ftp://host/token", "http://user:word@127.0.0.1/token", "/token", "http://[::1"])
+async def test_a_realm_that_is_no_token_server_is_denied(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, realm: str
+) -> None:
+    sim.fail(faults.status(401, WWW_Authenticate=f'Bearer realm="{realm}"'), on="blobs")
+    client = await clients.make()
+    with pytest.raises(RegistryDenied, match="no usable token server"):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    return context
+
+
+async def test_a_registry_with_tls_may_not_name_a_token_server_without(
+    clients: Clients, authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reference, "is_loopback", False)  # so that it is spoken to as any other host
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    async with SimRegistry(tls=server_context(authority)) as secure, SimRegistry() as plain:
+        digest = Digest.parse(secure.add_blob(CONTENT))
+        reference = Reference.parse(f"{secure.address}/team/app:1")
+        client = await clients.make(ca_file=str(tmp_path / "ca.pem"))
+        assert await client.blob(reference, digest, len(CONTENT), 1 << 20) == CONTENT
+        secure.auth.scheme, secure.auth.realm = "bearer", f"{plain.origin}/token"
+        with pytest.raises(RegistryDenied, match="without TLS"):
+            await client.blob(reference, digest, len(CONTENT), 1 << 20)
+        assert plain.seen == []
+
+
+async def test_an_unknown_certificate_is_refused_at_once_with_a_hint(
+    clients: Clients, authority: trustme.CA, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reference, "is_loopback", False)
+    async with SimRegistry(tls=server_context(authority)) as secure:
+        client = await clients.make()
+        with pytest.raises(RegistryUnavailable, match="ca_file"):
+            await client.manifest(Reference.parse(f"{secure.address}/team/app:1"))
+    assert clock.slept == []
+
+
+async def test_a_ca_file_that_is_none_is_a_config_error(clients: Clients, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    for name in ("ca.pem", "missing.pem"):
+        with pytest.raises(ConfigError, match="ca_file"):
+            await clients.make(ca_file=str(tmp_path / name))
+
+
+# parsers
+
+
+def test_challenges_of_all_shapes() -> None:
+    assert parse_challenges(['Bearer realm="https://a/t",service="s",scope="repository:a/b:pull,push"']) == [
+        ("bearer", {"realm": "https://a/t", "service": "s", "scope": "repository:a/b:pull,push"})
+    ]
+    assert parse_challenges(['BASIC Realm = "a \\"quoted\\" one", charset=UTF-8']) == [
+        ("basic", {"realm": 'a "quoted" one', "charset": "UTF-8"})
+    ]
+    assert [c.scheme for c in parse_challenges(['Negotiate, Bearer realm="x", Basic realm="y"', "NTLM abc=="])] == [
+        "negotiate",
+        "bearer",
+        "basic",
+        "ntlm",
+    ]
+    assert parse_challenges(["", ",,", "=", 'realm="x"']) == []
+    assert parse_challenges(['Bearer realm="unclosed']) == [("bearer", {})]
+    assert parse_challenges(["Basic realm=x", "y" * 9000]) == [("basic", {"realm": "x"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "host"),
+    [
+        ("registry.example", "registry.example"),
+        ("https://registry.example", "registry.example"),
+        ("http://registry.example/v2/", "registry.example"),
+        ("registry.example:5000/v1/", "registry.example:5000"),
+        ("https://index.docker.io/v1/", "docker.io"),
+        ("docker.io", "docker.io"),
+    ],
+)
+def test_docker_config_names_registries_in_many_ways(name: str, host: str) -> None:
+    content = docker_config(name, "user", "a:b").encode()
+    login = find_login(content, host, "path")
+    assert login is not None
+    assert (login.username, login.secret.expose()) == ("user", b"a:b")
+    assert "a:b" not in repr(login)
+    assert find_login(content, "other.example", "path") is None
+
+
+@pytest.mark.parametrize("name", ["registry.example/team", "registry.example.evil", "evil-registry.example"])
+def test_docker_config_of_something_else_is_not_used(name: str) -> None:
+    assert find_login(docker_config(name, "user", "word").encode(), "registry.example", "path") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b'{"auths":[]}', b'{"auths":{"h":7}}', b'{"auths":{"h":{"auth":"%%"}}}', b"\xff", b"[" * 100_000],
+    ids=range(7),
+)
+def test_a_broken_docker_config_is_a_config_error_that_shows_nothing(content: bytes) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_login(content, "h", "/etc/config.json")
+    assert str(caught.value).endswith("/etc/config.json: not a docker config.json")
+
+
+async def test_a_missing_docker_config_is_a_config_error(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme = "basic"
+    client = await clients.make(docker_config="/nonexistent/config.json")
+    with pytest.raises(ConfigError, match="No such file"):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)

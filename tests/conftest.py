@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import settings
 
 from tests.harness import machine
 
@@ -23,6 +24,11 @@ CI = os.environ.get("CI") == "true"
 TIERS = ("unit", "property", "tamper", "conformance", "kill", "e2e")
 _PROGRAMS = ("containerd", "ctr", "runc", "docker-registry", "skopeo", "busybox", "openssl")
 _SESSION = "COCO_TEST_SESSION"
+
+
+settings.register_profile("default", deadline=None)  # a busy machine is no failure
+settings.register_profile("soak", deadline=None, max_examples=5000 * int(os.environ.get("COCO_SOAK", "1")))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 # capabilities and markers

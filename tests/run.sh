@@ -10,7 +10,7 @@ say "ruff"
 ruff check --quiet .
 ruff format --check --quiet . || { echo "not formatted: run make fmt" >&2; exit 1; }
 say "mypy --strict"
-mypy
+mypy && mypy --strict tests/conftest.py
 say "import layers"
 lint-imports --no-cache | tail -n 3
 say "generated protobuf code"

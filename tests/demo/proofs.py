@@ -14,7 +14,7 @@ from tests.demo.stage import REPOSITORY, Published, Stage
 from tests.harness import serve
 from tests.harness.containerd import Container, Containerd
 from tests.harness.link import ShapedLink
-from tests.harness.machine import until
+from tests.harness.machine import Work, until
 from tests.harness.serve import Serve
 
 _READ_CANARIES = "cat /opt/app/canary-name-* | sha256sum; readlink /opt/app/link; ls /opt/app"
@@ -202,46 +202,56 @@ def _files(top: Path) -> set[Path]:
 # kills
 
 
-def kills(stage: Stage, image: Published, daemon: Serve, containerd: Containerd, expected: str) -> None:
-    """kill -9 each process while a container reads past the page cache and compares every file with its hash."""
-    shared = stage.work.directory("reader")
+def start_reader(work: Work, containerd: Containerd, reference: str, expected: str) -> "Reader":
+    """A container that reads Python's library for ever and compares each file with `expected` (lines of `listing`)."""
+    shared = work.directory("reader")
     (shared / "reader.py").write_text((Path(__file__).parent / "reader.py").read_text())
     chosen = [line for line in expected.splitlines() if "/usr/lib/python3" in line][:1500]
     (shared / "expected").write_text("\n".join(chosen) + "\n")
     container = containerd.start(
-        image.by_digest, "/usr/bin/python3", "/reader/reader.py", "/reader/expected",
+        reference, "/usr/bin/python3", "/reader/reader.py", "/reader/expected",
         options=["--mount", f"type=bind,src={shared},dst=/reader,options=rbind:ro"],
     )  # fmt: skip
-    reader = _Reader(container)
+    return Reader(container)
+
+
+def kill_and_recover(daemon: Serve, worker: str) -> None:
+    """kill -9 a process, start a new keeper as a service manager would, and wait until all three answer again."""
+    old = daemon.kill(worker)
+    if worker == "keeper":
+        daemon.start()
+    daemon.wait_replaced(worker, old)
+
+
+def kills(stage: Stage, image: Published, daemon: Serve, containerd: Containerd, expected: str) -> None:
+    """kill -9 each process while a container reads past the page cache and compares every file with its hash."""
+    reader = start_reader(stage.work, containerd, image.by_digest, expected)
     try:
         reader.advance(200)
         for worker in ("snapshotd", "blobd", "keeper"):
             before = reader.done
-            old = daemon.kill(worker)
-            if worker == "keeper":
-                daemon.start()  # what the service manager does
-            daemon.wait_replaced(worker, old)
+            kill_and_recover(daemon, worker)
             reader.advance(500)
             stage.report.proof(
                 f"survives_kill_of_{worker}", not reader.bad,
                 f"{reader.done - before} files read since the kill, {len(reader.bad)} failed or wrong {reader.bad[:1]}",
             )  # fmt: skip
     finally:
-        container.kill()
+        reader.container.kill()
 
 
-class _Reader:
+class Reader:
     """Follows the output of `reader.py`."""
 
     def __init__(self, container: Container) -> None:
-        self._container = container
+        self.container = container
         self.done = 0
         self.bad: list[str] = []
 
     def _line(self) -> bool:
-        line = self._container.stdout.readline()
+        line = self.container.stdout.readline()
         if not line:
-            raise RuntimeError(f"the reading container ended with {self._container.process.wait()}; {self.bad[:3]}")
+            raise RuntimeError(f"the reading container ended with {self.container.process.wait()}; {self.bad[:3]}")
         if line.startswith("ok "):
             self.done = int(line.split()[1])
         else:

@@ -1,0 +1,1 @@
+"""Long runs with big numbers: `python -m tests.soak`."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from snapshotter import __version__
-from snapshotter.cli import node
+from snapshotter.cli import image, node
 from snapshotter.errors import SnapshotterError
 
 _DESCRIPTION = """\
@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"coco-snapshotter {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     node.register(commands)
+    image.register(commands)
     return top
 
 

@@ -177,7 +177,7 @@ def test_what_follows_the_end_is_ignored() -> None:
 def test_sparse_files_as_gnu_tar_writes_them(tmp_path: Path, format_: str) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
-        for position in range(0, 60):  # more extents than one old header block holds
+        for position in range(60):  # more extents than one old header block holds
             file.seek(position * 100_000)
             file.write(b"%d" % position * 1000)
         file.truncate(7_000_000)
@@ -276,7 +276,7 @@ def test_many_global_headers_before_an_entry_are_bounded() -> None:
         header(b"x", b"x", size=9) + pad(b"xx path=x") + member(b"f"),
         pax([(b"GNU.sparse.numbytes", b"1"), (b"GNU.sparse.offset", b"1")]) + member(b"f"),
     ],
-    ids=lambda data: None,
+    ids=lambda _: None,
 )
 def test_broken_archives_are_refused(data: bytes) -> None:
     with pytest.raises(BadLayer):

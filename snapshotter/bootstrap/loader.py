@@ -21,6 +21,7 @@ from snapshotter.errors import IntegrityError, LimitExceeded, MalformedImage, Po
 from snapshotter.files import read_regular, write_atomic
 from snapshotter.formats import sealed
 from snapshotter.formats.rafs6 import Bootstrap
+from snapshotter.formats.rafs6_tree import Inode, read_inode
 from snapshotter.image.manifest import Descriptor
 from snapshotter.image.resolver import LazyImage
 from snapshotter.keys import ocicrypt
@@ -50,6 +51,7 @@ class LoadedImage:
     devices: tuple[BlobDevice, ...]
     chain: tuple[str, ...]  # of the data blobs and the bootstrap, bottom first
     sealed: bool
+    root: Inode  # of the image's root directory
 
 
 class Loader:
@@ -86,9 +88,13 @@ class Loader:
         if not from_cache:
             await self._keep(image.bootstrap.digest, layer)
         log.info("bootstrap verified", image=str(image.reference), bootstrap=image.bootstrap.digest, blobs=len(devices))
-        chain = tuple(image.chain(opened.diff_id))
         return LoadedImage(
-            image, opened.files["image/image.boot"], tuple(devices), chain, sealed=opened.bootstrap.sealed
+            image,
+            opened.files["image/image.boot"],
+            tuple(devices),
+            tuple(image.chain(opened.diff_id)),
+            sealed=opened.bootstrap.sealed,
+            root=read_inode(opened.bootstrap, opened.bootstrap.root_nid),
         )
 
     async def _layer(self, source: Reference, descriptor: Descriptor) -> tuple[bytes, bool]:

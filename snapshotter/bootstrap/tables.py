@@ -11,7 +11,8 @@ from snapshotter.digest import Digest
 from snapshotter.errors import MalformedImage
 from snapshotter.formats import blobmeta, sealed
 from snapshotter.formats.blobmeta import ChunkTable
-from snapshotter.formats.rafs6 import BlobEntry, Bootstrap
+from snapshotter.formats.blobtable import BlobEntry
+from snapshotter.formats.rafs6 import Bootstrap
 from snapshotter.ondemand.attachment import BlobDevice
 
 TAG_BYTES = 28  # nonce and tag of a sealed chunk

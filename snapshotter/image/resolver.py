@@ -5,7 +5,9 @@ image that claims another image's `diff_ids` would otherwise make that other ima
 computed here from what a layer *is*, and an image is refused if it claims others.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from snapshotter import labels
 from snapshotter.config import Limits
@@ -26,7 +28,7 @@ class LazyImage:
     manifest_digest: Digest
     blobs: tuple[Descriptor, ...]
     bootstrap: Descriptor
-    config: dict[str, object]
+    config: dict[str, Any]
     admission: Admission
 
     @property
@@ -95,10 +97,10 @@ class LayerClaim:
     manifest: Digest
     layer: Digest
     chain_id: str
-    parent_chain: str
+    parent_chain: str | None  # None: the parent is no layer that we know
 
     @classmethod
-    def of(cls, snapshot_labels: "dict[str, str]", chain_id: str, parent_chain: str) -> "LayerClaim":
+    def of(cls, snapshot_labels: Mapping[str, str], chain_id: str, parent_chain: str | None) -> "LayerClaim":
         """Raises FailedPrecondition naming the containerd setting when the CRI labels are missing."""
         values = [snapshot_labels.get(name, "") for name in _NEEDED]
         if not all(values):
@@ -120,7 +122,7 @@ def plan(
     source: Reference,
     manifest: Manifest,
     manifest_digest: Digest,
-    config: dict[str, object],
+    config: dict[str, Any],
     admission: Admission,
 ) -> LazyImage | OrdinaryImage:
     """Tell data blobs, bootstrap and ordinary layers apart. Raises MalformedImage for a mixture that has no meaning."""

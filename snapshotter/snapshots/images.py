@@ -54,12 +54,13 @@ class Mounter(Protocol):
 class Verdict:
     """A verified lazy image without its secrets."""
 
-    __slots__ = ("chain", "image", "sealed")
+    __slots__ = ("chain", "image", "root", "sealed")
 
     def __init__(self, loaded: LoadedImage) -> None:
         self.image: LazyImage = loaded.image
         self.chain = loaded.chain
         self.sealed = loaded.sealed
+        self.root = loaded.root
 
     def record(self) -> ImageRecord:
         return ImageRecord(
@@ -68,6 +69,9 @@ class Verdict:
             bootstrap=self.image.bootstrap.digest,
             chain_id=self.chain[-1],
             sealed=self.sealed,
+            root_mode=self.root.mode & 0o7777,
+            root_uid=self.root.uid,
+            root_gid=self.root.gid,
         )
 
 
@@ -96,7 +100,7 @@ class Images:
         """Raises what the order of trust raises; nothing of a refused image is kept."""
         if not _lazy(request.labels) and not self._policy.restricts_ordinary:
             return LayerVerdict("ordinary", None)
-        claim = LayerClaim.of(dict(request.labels), request.chain_id, request.parent_chain or "")
+        claim = LayerClaim.of(request.labels, request.chain_id, request.parent_chain)
         verdict = await self._verdict(claim)
         if isinstance(verdict, OrdinaryImage):
             return LayerVerdict("ordinary", None)
@@ -109,7 +113,7 @@ class Images:
         if claim.layer not in digests:
             if self._policy.must_be_sealed:
                 raise PolicyDenied(f"image {image.reference}: layer {claim.layer} is not sealed", reason="not-sealed")
-            if claim.parent_chain in ("", *verdict.chain[:-1]):
+            if claim.parent_chain in ("", None, *verdict.chain[:-1]):
                 raise _chain_mismatch(claim, image)
             return LayerVerdict("ordinary", None)
         for index, digest in enumerate(digests):

@@ -1,0 +1,267 @@
+"""The ciphertext cache: one file per chunk, `chunks/<2 hex>/<hex of the chunk's name>`.
+
+Nothing in it is believed: whoever uses an entry verifies it. Anybody may delete, cut, swap or replace files and
+directories here at any time, so every operation looks again and no failure is more than a miss. Directories are held
+open and entries opened without following links, so that a link planted here leads nowhere.
+"""
+
+import os
+import stat
+import threading
+import time
+from collections import Counter as Tally
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import structlog
+
+from snapshotter.blobs.chunks import Counters
+
+log = structlog.get_logger(__name__)
+
+_BUCKETS = 256
+_TOUCH_SECONDS = 3600  # an entry's mtime is its last use, at this resolution
+_AGE_SECONDS = 600  # resolution of eviction
+_LOW_WATERMARK = 0.9  # of the quota, after an eviction
+_PAUSE_SECONDS = 10.0  # after a failed write nothing is written for so long
+_TEMPORARY = ".new-"
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Entry(NamedTuple):
+    bucket: int
+    name: str
+    size: int
+    used: float  # seconds since the epoch, as the file says
+
+
+class ChunkCache:
+    """Chunks by their 32-byte names, at most `quota` bytes of them (0: nothing is kept). Thread-safe."""
+
+    def __init__(self, directory: Path, quota: int, counters: Counters) -> None:
+        self._path = directory
+        self._quota = quota
+        self._counters = counters
+        self._buckets: list[int] = [-1] * _BUCKETS
+        self._opening = threading.Lock()
+        self._evicting = threading.Lock()
+        self._sums = threading.Lock()
+        self._bytes = 0
+        self._entries = 0
+        self._paused_until = 0.0
+        self._serial = 0
+        self._next_bucket = 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a `put` now is likely to be kept."""
+        return self._quota > 0 and time.monotonic() >= self._paused_until
+
+    def stats(self) -> dict[str, int]:
+        """Bytes and entries as far as known: what others deleted is noticed at the next eviction."""
+        return {"bytes": max(self._bytes, 0), "entries": max(self._entries, 0)}
+
+    def scan(self) -> None:
+        """Count what is there, and remove what interrupted writes have left. Once, at the start."""
+        size = entries = 0
+        for entry in self._walk(clean=True):
+            size, entries = size + entry.size, entries + 1
+        self._add(size, entries)
+
+    def get(self, name: bytes, size: int) -> bytes | None:
+        """The entry, if there is one of exactly `size` bytes."""
+        text = name.hex()
+        try:
+            fd = os.open(text, _READ, dir_fd=self._bucket(name[0]))
+        except OSError:
+            return None
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+                return None
+            data = os.read(fd, size)
+            if time.time() - status.st_mtime > _TOUCH_SECONDS:
+                with suppress(OSError):
+                    os.utime(fd)
+            return data if len(data) == size else None
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    def has(self, name: bytes, size: int) -> bool:
+        """Whether `get` would probably find it."""
+        try:
+            status = os.stat(name.hex(), dir_fd=self._bucket(name[0]), follow_symlinks=False)
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size == size
+
+    def put(self, name: bytes, data: bytes | memoryview) -> bool:
+        """Keep a chunk, evicting others if need be. False if that is impossible, which is never an error."""
+        if not self.keeps or len(data) > self._quota:
+            return False
+        if self._bytes + len(data) > self._quota:
+            self._evict(len(data))
+        try:
+            try:
+                grown = self._write(name, data)
+            except FileNotFoundError:  # somebody removed the directory
+                self._bucket(name[0], anew=True)
+                grown = self._write(name, data)
+        except OSError as error:
+            self._counters.add("cache_errors")
+            self._paused_until = time.monotonic() + _PAUSE_SECONDS
+            log.info("chunk not cached", error=error.strerror)
+            return False
+        self._add(*grown)
+        return True
+
+    def drop(self, name: bytes) -> None:
+        """Forget an entry that turned out to be bad."""
+        try:
+            bucket = self._bucket(name[0])
+            status = os.stat(name.hex(), dir_fd=bucket, follow_symlinks=False)
+            self._unlink(bucket, name.hex(), stat.S_ISDIR(status.st_mode))
+        except OSError:
+            return
+        self._add(-status.st_size, -1)
+
+    def close(self) -> None:
+        for bucket, fd in enumerate(self._buckets):
+            if fd >= 0:
+                os.close(fd)
+                self._buckets[bucket] = -1
+
+    def _write(self, name: bytes, data: bytes | memoryview) -> tuple[int, int]:
+        """Write beside and rename, so that readers see the whole or nothing. Returns growth in bytes and entries."""
+        bucket, text = self._bucket(name[0]), name.hex()
+        with self._sums:
+            self._serial += 1
+            temporary = f"{_TEMPORARY}{os.getpid()}-{self._serial}"
+        fd = os.open(temporary, _WRITE, 0o600, dir_fd=bucket)
+        try:
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
+            finally:
+                os.close(fd)
+            size, entries = len(data), 1
+            with suppress(OSError):
+                status = os.stat(text, dir_fd=bucket, follow_symlinks=False)
+                size, entries = size - status.st_size, 0
+                if stat.S_ISDIR(status.st_mode):
+                    self._unlink(bucket, text, directory=True)
+            os.rename(temporary, text, src_dir_fd=bucket, dst_dir_fd=bucket)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=bucket)
+            raise
+        return size, entries
+
+    def _unlink(self, bucket: int, text: str, directory: bool) -> None:
+        """Remove an entry. A directory in its place is moved away if it cannot be removed."""
+        if not directory:
+            os.unlink(text, dir_fd=bucket)
+            return
+        try:
+            os.rmdir(text, dir_fd=bucket)
+        except OSError:
+            os.rename(text, f"{_TEMPORARY}{os.getpid()}-{text}", src_dir_fd=bucket, dst_dir_fd=bucket)
+
+    def _bucket(self, bucket: int, anew: bool = False) -> int:
+        """Descriptor of a bucket's directory, which is made if it is missing."""
+        fd = self._buckets[bucket]
+        if fd >= 0 and not anew:
+            return fd
+        with self._opening:
+            if self._buckets[bucket] != fd:
+                return self._buckets[bucket]  # another thread was faster
+            self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            parent = os.open(self._path, _DIRECTORY)
+            try:
+                opened = self._open_bucket(parent, f"{bucket:02x}")
+            finally:
+                os.close(parent)
+            if fd >= 0:
+                # Others may be using the old number right now: keep it meaning a directory of ours.
+                os.dup2(opened, fd, inheritable=False)
+                os.close(opened)
+                return fd
+            self._buckets[bucket] = opened
+            return opened
+
+    def _open_bucket(self, parent: int, text: str) -> int:
+        for _ in range(2):
+            with suppress(FileExistsError):
+                os.mkdir(text, 0o700, dir_fd=parent)
+            try:
+                return os.open(text, _DIRECTORY, dir_fd=parent)
+            except NotADirectoryError:  # a file or a link in its place
+                os.unlink(text, dir_fd=parent)
+        return os.open(text, _DIRECTORY, dir_fd=parent)
+
+    def _walk(self, clean: bool = False) -> Iterator[Entry]:
+        """Every entry, beginning with a bucket after the last one that was evicted from."""
+        for step in range(_BUCKETS):
+            bucket = (self._next_bucket + step) % _BUCKETS
+            try:
+                fd = self._bucket(bucket)
+                with os.scandir(fd) as found:
+                    for item in found:
+                        with suppress(OSError):
+                            status = item.stat(follow_symlinks=False)
+                            if item.name.startswith(_TEMPORARY):
+                                if clean and time.time() - status.st_mtime > _TOUCH_SECONDS:
+                                    os.unlink(item.name, dir_fd=fd)
+                            else:
+                                yield Entry(bucket, item.name, status.st_size, status.st_mtime)
+            except OSError:
+                continue
+
+    def _evict(self, needed: int) -> None:
+        """Remove the entries longest unused until `needed` more bytes fit below the low watermark."""
+        with self._evicting:
+            if self._bytes + needed <= self._quota:
+                return  # another thread has done it
+            before = self._bytes
+            ages: Tally[int] = Tally()
+            size = entries = 0
+            for entry in self._walk():
+                ages[int(entry.used) // _AGE_SECONDS] += entry.size
+                size, entries = size + entry.size, entries + 1
+            with self._sums:  # what was counted so far may have missed what others did
+                self._bytes += size - before
+                self._entries = entries
+            excess = size + needed - int(self._quota * _LOW_WATERMARK)
+            cutoff = None
+            for age in sorted(ages):
+                cutoff = age
+                excess -= ages[age]
+                if excess <= 0:
+                    break
+            if cutoff is not None:
+                self._evict_until(cutoff, size + needed - int(self._quota * _LOW_WATERMARK))
+
+    def _evict_until(self, cutoff: int, excess: int) -> None:
+        """Remove entries of age slot `cutoff` and older until `excess` bytes are gone."""
+        for entry in self._walk():
+            if excess <= 0:
+                self._next_bucket = entry.bucket
+                return
+            if int(entry.used) // _AGE_SECONDS <= cutoff:
+                with suppress(OSError):
+                    os.unlink(entry.name, dir_fd=self._bucket(entry.bucket))
+                    excess -= entry.size
+                    self._add(-entry.size, -1)
+                    self._counters.add("evictions")
+
+    def _add(self, size: int, entries: int) -> None:
+        with self._sums:
+            self._bytes += size
+            self._entries += entries

@@ -1,0 +1,262 @@
+"""blobd, the data plane: serves the blob devices of all attached images and nothing else.
+
+Everything it needs it gets from the keeper as descriptors, so it can be killed and replaced at any instant. It never
+mounts, opens or stats anything its own session serves: such a call would wait for itself.
+
+    python -m snapshotter.ondemand.blobd --config FILE --root DIR --cache DIR --address SOCK
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from snapshotter import __version__, config, control
+from snapshotter.blobs.cache import ChunkCache
+from snapshotter.blobs.chunks import Counters
+from snapshotter.blobs.fetcher import Fetcher
+from snapshotter.blobs.reader import ChunkReader, DecodedChunks
+from snapshotter.errors import FailedPrecondition, InvalidArgument, SnapshotterError
+from snapshotter.log import configure
+from snapshotter.ondemand.attachment import Attachment
+from snapshotter.ondemand.devices import Devices
+from snapshotter.ondemand.inflight import SessionMemory
+from snapshotter.ondemand.session import Session
+from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.reference import Reference
+
+log = structlog.get_logger(__name__)
+
+_SESSION = ("fuse", "fuse-root", "session", "listen-blobd")
+_LOCK_SECONDS = 5.0
+_DETACH_SECONDS = 5.0  # the kernel closes an image's files a moment after its last unmount
+_PR_SET_DUMPABLE = 4
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_OOM_SCORE = -900
+_SWITCH_SECONDS = 0.0005  # a thread with a reply must not wait 5 ms for another one's bytecode
+
+
+class Blobd:
+    """The process, apart from its signals. Create and use on the running loop."""
+
+    def __init__(self, settings: config.Config, client: RegistryClient, fds: dict[str, int]) -> None:
+        loop = asyncio.get_running_loop()
+        self.ended = asyncio.Event()
+        self._fds = fds
+        self._counters = Counters()
+        cpus = len(os.sched_getaffinity(0))
+        executor = ThreadPoolExecutor(cpus, thread_name_prefix="decode")
+        self._cache = ChunkCache(Path(settings.cache_dir) / "chunks", settings.cache.quota, self._counters)
+        decoded = DecodedChunks(settings.fetch.decoded)
+
+        def make_fetcher(repository: str) -> Fetcher:
+            reference = Reference.parse(repository)
+            return Fetcher(client, reference, self._cache, settings.fetch, self._counters, executor)
+
+        self._devices = Devices(
+            ChunkReader(self._cache, decoded, self._counters, executor),
+            make_fetcher,
+            decoded.forget,
+            loop,
+            settings.registry.total_timeout_seconds,
+        )
+        self._memory = SessionMemory(fds["session"])
+        self._session = Session(
+            fds["fuse"], self._memory, self._devices, self._counters, loop,
+            threads=max(2, cpus), ended=self.ended.set,
+        )  # fmt: skip
+        self._server = control.AsyncServer(socket.socket(fileno=os.dup(fds["listen-blobd"])), self._handle)
+
+    def start(self) -> None:
+        """Attach what the keeper holds, take over from the worker before, serve."""
+        for name, fd in list(self._fds.items()):
+            if name.startswith("image-"):
+                try:
+                    self._devices.attach(Attachment(fd))
+                except SnapshotterError as error:
+                    log.error("image cannot be attached", image=name, error=str(error))
+        self._session.start()
+        self._server.start()
+        asyncio.get_running_loop().run_in_executor(None, self._cache.scan)
+
+    @property
+    def open_files(self) -> int:
+        return self._memory.open_files().total()
+
+    async def _handle(self, message: control.Message, fds: list[int]) -> control.Reply | AsyncIterator[control.Reply]:
+        op = message.get("op")
+        if op == "status":
+            return self._status(), ()
+        if op == "dump":
+            return self._dump()
+        image_id = message.get("id")
+        if type(image_id) is not int or op not in ("attach", "detach"):
+            raise InvalidArgument(f"no such request: {str(op)[:40]}")
+        if op == "attach":
+            if len(fds) != 1:
+                raise InvalidArgument("attach: needs one descriptor")
+            self._attach(image_id, fds)
+        else:
+            await self._detach(image_id)
+        return {}, ()
+
+    def _attach(self, image_id: int, fds: list[int]) -> None:
+        attachment = Attachment(fds[0])
+        fds.pop()  # belongs to the attachment now
+        if attachment.image_id != image_id:
+            attachment.close()
+            raise InvalidArgument(f"attach: this is image {attachment.image_id}, not {image_id}")
+        self._devices.attach(attachment)
+        log.info("image attached", image=image_id, bootstrap=attachment.bootstrap_digest)
+
+    async def _detach(self, image_id: int) -> None:
+        """Raises FailedPrecondition while the kernel has files of the image open."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DETACH_SECONDS):
+                while self._open_files_of(image_id):  # noqa: ASYNC110 - set by other threads
+                    await asyncio.sleep(0.01)
+        if self._open_files_of(image_id):
+            raise FailedPrecondition(f"image {image_id} is in use")
+        await self._devices.detach(image_id)
+        log.info("image detached", image=image_id)
+
+    def _open_files_of(self, image_id: int) -> int:
+        return sum(count for node, count in self._memory.open_files().items() if node >> 8 == image_id)
+
+    def _status(self) -> control.Message:
+        open_files = self._memory.open_files()
+        images = [
+            {
+                "id": image.attachment.image_id,
+                "bootstrap": image.attachment.bootstrap_digest,
+                "manifest": image.attachment.manifest,
+                "devices": len(image.devices),
+                "open": sum(open_files[device.node] for device in image.devices),
+            }
+            for image in self._devices.images()
+        ]
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "images": images,
+            "parked": self._session.parked,
+            "cache": self._cache.stats(),
+            "counters": self._counters.snapshot(),
+        }
+
+    async def _dump(self) -> AsyncIterator[control.Reply]:
+        held = {name: self._fds[name] for name in _SESSION}
+        held |= {f"image-{image.attachment.image_id}": image.attachment.fd for image in self._devices.images()}
+        for name, fd in held.items():
+            yield {"name": name}, [fd]
+        yield {"end": True}, ()
+
+
+async def serve(settings: config.Config) -> int:
+    """Serve until told to stop; the exit status."""
+    root = Path(settings.root)
+    fds = await _from_keeper(root / "keeper.sock")
+    # Each image bounds its own connections (fetch.parallel); a bound on all of them would let one frozen repository
+    # of a host use up those of the others.
+    registry = msgspec.structs.replace(settings.registry, connections=0)
+    client = await RegistryClient(registry, settings.limits).__aenter__()
+    blobd = Blobd(settings, client, fds)
+    stop = _Stop(blobd)
+    blobd.start()
+    log.info("blobd serves", pid=os.getpid(), version=__version__)
+    await asyncio.to_thread(_announce, root / "keeper.sock")
+    return await stop.wait()
+
+
+class _Stop:
+    """SIGTERM leaves unless images are in use; the second one, and SIGINT, leave at once with everything in place."""
+
+    def __init__(self, blobd: Blobd) -> None:
+        self._blobd = blobd
+        self._terminated = False
+        self._left = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGINT, self._left.set)
+
+    def _terminate(self) -> None:
+        if self._terminated or not self._blobd.open_files:
+            self._left.set()
+        else:
+            log.warning("images are in use: serving them until told again", open=self._blobd.open_files)
+        self._terminated = True
+
+    async def wait(self) -> int:
+        waits = [asyncio.create_task(self._left.wait()), asyncio.create_task(self._blobd.ended.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        return 0 if self._left.is_set() else 1
+
+
+async def _from_keeper(path: Path) -> dict[str, int]:
+    """Everything the keeper holds that is ours. Raises OSError when it does not answer for some seconds."""
+    deadline = asyncio.get_running_loop().time() + _LOCK_SECONDS
+    while True:
+        try:
+            found, _ = await asyncio.to_thread(control.fetch_all, path, {"op": "list"})
+            break
+        except (OSError, EOFError):
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(0.05)
+    for name in [name for name in found if name not in _SESSION and not name.startswith("image-")]:
+        os.close(found.pop(name))
+    if missing := set(_SESSION) - found.keys():
+        raise OSError(f"the keeper does not hold {', '.join(sorted(missing))}")
+    return found
+
+
+def _announce(path: Path) -> None:
+    with contextlib.suppress(OSError, EOFError):
+        control.request(path, {"op": "ready", "name": "blobd"})
+
+
+def harden() -> None:
+    """Keep keys in this process's memory: no core dump, no swap. And be the last to be killed for lack of memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
+        log.info("memory cannot be locked", error=os.strerror(ctypes.get_errno()))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="blobd", allow_abbrev=False)
+    for flag in ("--config", "--root", "--cache", "--address"):
+        parser.add_argument(flag)
+    flags = parser.parse_args(arguments)
+    try:
+        settings = config.load(
+            Path(flags.config) if flags.config else None, root=flags.root, cache_dir=flags.cache, address=flags.address
+        )
+        configure(settings.log.level, settings.log.format, process="blobd")
+        harden()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        control.take_lock(Path(settings.root) / "blobd.lock", _LOCK_SECONDS)
+        loop = asyncio.new_event_loop()
+        status = loop.run_until_complete(serve(settings))
+    except (SnapshotterError, OSError) as error:
+        print(f"blobd: error: {error}", file=sys.stderr)  # noqa: T201 - logging may not be set up
+        status = 1
+    # Not through the interpreter's end, which would cancel parked reads and wait for threads: successors answer them.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -69,7 +69,6 @@ def _register_convert(commands: "Commands") -> None:
     add("--convergence-secret", type=Path, metavar="FILE", help="32 bytes or 64 hex digits, for --domain tenant")
     add("--chunk-size", default="256KiB", metavar="N", help="power of two, 4KiB to 8MiB (default: 256KiB)")
     add("--codec", default="zstd:3", metavar="CODEC", help="zstd:1 … zstd:19, lz4 or none (default: zstd:3)")
-    add("--platform", metavar="P", help="os/architecture[/variant] to take from an index (default: this machine's)")
     add(
         "--hide-config",
         choices=("all", "none"),
@@ -87,6 +86,12 @@ def _common(command: argparse.ArgumentParser, *, keys: bool = False) -> None:
         command.add_argument(
             "--key", action="append", default=[], type=Path, metavar="PRIV.pem", help="private key; may be repeated"
         )
+    command.add_argument(
+        "--platform",
+        metavar="P",
+        default=_platform(),
+        help="os/architecture[/variant] to take from an index (default: %(default)s)",
+    )
     command.add_argument(
         "--config", type=Path, metavar="FILE", help="configuration file; [registry], [keys] and [limits] are used"
     )
@@ -129,7 +134,7 @@ def _options(arguments: argparse.Namespace) -> "Options":
         secret=convergence_secret(arguments.domain, arguments.convergence_secret, os.urandom(32)),
         chunk_size=chunk_size,
         codec=Codec.parse(arguments.codec),
-        platform=arguments.platform or _platform(),
+        platform=arguments.platform,
         hide_config=arguments.hide_config,
         trace=tuple(trace.load(arguments.trace)) if arguments.trace else (),
         repository=arguments.repository,

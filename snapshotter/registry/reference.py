@@ -149,11 +149,13 @@ def _digest(digest_text: str, text: str) -> Digest:
 
 
 def _split_host(name: str) -> tuple[str, str]:
-    """Docker's rule: the first component is a host if it looks like one; otherwise the image is on Docker Hub."""
+    """Docker's rule: the first component is a host if it looks like one; otherwise the image is on Docker Hub.
+
+    Hosts are lower-cased so that one registry has one name in policies. (Docker also takes `UPPER/x` for a host; that
+    could not be told from `upper/x` on Docker Hub afterwards, and is refused.)
+    """
     first, slash, rest = name.partition("/")
-    is_host = slash and (
-        first == "localhost" or "." in first or ":" in first or first.startswith("[") or first != first.lower()
-    )
+    is_host = slash and (first == "localhost" or "." in first or ":" in first)
     host, repository = (first.lower(), rest) if is_host else (DOCKER_HUB, name)
     if host == "index.docker.io":
         host = DOCKER_HUB

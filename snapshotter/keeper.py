@@ -179,7 +179,11 @@ def main(flags: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one descriptor per image
     os.umask(0o077)
     os.makedirs(root, exist_ok=True)
-    commands = {name: [sys.executable, "-P", "-m", module, *flags] for name, module in MODULES.items()}
+    return supervise(root, address, {n: [sys.executable, "-P", "-m", module, *flags] for n, module in MODULES.items()})
+
+
+def supervise(root: str, address: str, commands: dict[str, list[str]]) -> int:
+    """Run a keeper; its exit status: 5 if another one has the root."""
     try:
         return Keeper(root, address, commands).run()
     except BlockingIOError:

@@ -236,7 +236,8 @@ class Authenticator:
     ) -> tuple[str, float]:
         """A bearer token from the registry's token server, and its life in seconds."""
         realm = _realm(endpoint, challenge)
-        wanted = sorted(set(challenge.parameters.get("scope", scope).split()))
+        # The challenge names what the refused request needs, `scope` what the next ones will.
+        wanted = sorted({scope, *challenge.parameters.get("scope", "").split()})
         service = challenge.parameters.get("service", "")
         if login is not None and not login.username:
             form = {

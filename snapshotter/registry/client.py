@@ -97,10 +97,9 @@ class RegistryClient:
             if raw is None:
                 raise too_large
         digest = Digest.of(raw)
-        stated = answer.headers.get("Docker-Content-Digest", "")
-        expected = reference.digest or (stated if stated.startswith("sha256:") else digest)
+        expected = reference.digest or ranges.stated_digest(what, answer.headers) or digest
         if digest != expected:
-            raise DigestMismatch(f"{what}: expected {expected[:80]}, got {digest}")
+            raise DigestMismatch(f"{what}: expected {expected}, got {digest}")
         return raw, answer.headers.get("Content-Type", ""), digest
 
     async def blob(self, reference: Reference, digest: Digest, size: int, limit: int) -> bytes:
@@ -174,10 +173,13 @@ class RegistryClient:
 
     async def blob_exists(self, reference: Reference, digest: Digest) -> bool:
         """Whether the repository has the blob."""
-        attempts = self._attempts()
-        return await attempts.run(lambda: self._blob_exists(reference, digest, attempts))
+        return await self._blob_exists(reference, digest, pull_scope(reference))
 
-    async def _blob_exists(self, reference: Reference, digest: Digest, attempts: Attempts) -> bool:
+    async def _blob_exists(self, reference: Reference, digest: Digest, scope: str) -> bool:
+        attempts = self._attempts()
+        return await attempts.run(lambda: self._head_blob(reference, digest, scope, attempts))
+
+    async def _head_blob(self, reference: Reference, digest: Digest, scope: str, attempts: Attempts) -> bool:
         endpoint = self._endpoint(reference)
         try:
             async with self._session.send(
@@ -185,7 +187,7 @@ class RegistryClient:
                 "HEAD",
                 _url(endpoint, reference, f"blobs/{digest}"),
                 what=_blob_name(reference, digest),
-                scope=pull_scope(reference),
+                scope=scope,
                 deadline=attempts.deadline,
                 expect=(200,),
             ):
@@ -195,7 +197,8 @@ class RegistryClient:
 
     async def upload_blob(self, reference: Reference, digest: Digest, size: int, source: BlobContent) -> None:
         """Store a blob unless the repository has it. Raises DigestMismatch if `source` is not what it should be."""
-        if await self.blob_exists(reference, digest):
+        # Asked with the right to push: a repository that does not exist yet may not even be read.
+        if await self._blob_exists(reference, digest, push_scope(reference)):
             return
         endpoint = self._endpoint(reference)
         upload = Upload(self._session, endpoint, push_scope(reference), self._config, digest, size, source)
@@ -216,20 +219,21 @@ class RegistryClient:
         self, reference: Reference, content: bytes, media_type: str, digest: Digest, attempts: Attempts
     ) -> None:
         endpoint = self._endpoint(reference)
+        what = f"manifest {reference}"
         async with self._session.send(
             endpoint,
             "PUT",
             _url(endpoint, reference, f"manifests/{reference.target}"),
-            what=f"manifest {reference}",
+            what=what,
             scope=push_scope(reference),
             headers={"Content-Type": media_type},
             body=lambda: content,
             deadline=attempts.deadline,
             expect=(200, 201, 202),
         ) as answer:
-            stated = answer.headers.get("Docker-Content-Digest", "")
-        if stated.startswith("sha256:") and stated != digest:
-            raise DigestMismatch(f"manifest {reference}: sent {digest}, registry stored {stated[:80]}")
+            stored = ranges.stated_digest(what, answer.headers)
+        if stored not in (None, digest):
+            raise DigestMismatch(f"{what}: sent {digest}, registry stored {stored}")
 
     def _attempts(self, size: int = 0) -> Attempts:
         seconds = self._config.total_timeout_seconds + size / _SLOWEST_BYTES_PER_SECOND

@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from snapshotter.errors import DigestMismatch, IntegrityError, RegistryUnavailable
+from snapshotter.digest import Digest
+from snapshotter.errors import DigestMismatch, IntegrityError, InvalidArgument, RegistryUnavailable
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _CONTENT_LENGTH = re.compile(r"[0-9]{1,19}")
@@ -96,6 +97,17 @@ def check_unencoded(what: str, headers: Mapping[str, str]) -> None:
         raise IntegrityError(f"{what}: answer has Content-Encoding {encoding[:40]!r}")
     if headers.get("Content-Type", "").strip().lower().startswith("multipart/"):
         raise IntegrityError(f"{what}: multipart answer to a request for one range")
+
+
+def stated_digest(what: str, headers: Mapping[str, str]) -> Digest | None:
+    """The Docker-Content-Digest header; None if absent or of another algorithm. Raises IntegrityError for nonsense."""
+    value = headers.get("Docker-Content-Digest", "")
+    if not value.startswith("sha256:"):
+        return None
+    try:
+        return Digest.parse(value)
+    except InvalidArgument:
+        raise IntegrityError(f"{what}: registry states digest {value[:80]!r}") from None
 
 
 def no_ranges(what: str) -> RegistryUnavailable:

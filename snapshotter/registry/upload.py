@@ -14,7 +14,7 @@ from yarl import URL
 from snapshotter.config import Registry
 from snapshotter.digest import Digest
 from snapshotter.errors import DigestMismatch, SnapshotterError
-from snapshotter.registry import redirects
+from snapshotter.registry import ranges, redirects
 from snapshotter.registry.auth import Endpoint
 from snapshotter.registry.retry import Attempts, Transient
 from snapshotter.registry.session import Session
@@ -151,8 +151,8 @@ class Upload:
                     expect=(200, 201, 204),
                     patience_seconds=self._config.total_timeout_seconds,
                 ) as answer:
-                    stated = answer.headers.get("Docker-Content-Digest", "")
+                    stored = ranges.stated_digest(what, answer.headers)
         except TimeoutError:
             raise Transient(f"{what}: registry takes nothing") from None
-        if stated.startswith("sha256:") and stated != self._digest:
-            raise DigestMismatch(f"{what}: registry stored {stated[:80]}")
+        if stored not in (None, self._digest):
+            raise DigestMismatch(f"{what}: registry stored {stored}")

@@ -6,6 +6,7 @@ redirect targets carry signatures there.
 """
 
 import asyncio
+import base64
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from snapshotter.registry.retry import Clock, Transient
 _MAX_HEADER_BYTES = 16 << 10  # signed URLs in Location are long
 _DRAIN_BYTES = 64 << 10  # bodies of redirects and errors that are worth reading to keep the connection
 _DRAIN_SECONDS = 1.0
+_KEEP_SECONDS = 60.0  # an idle connection; a TLS handshake costs two round trips
 
 _T = TypeVar("_T")
 Body: TypeAlias = bytes | AsyncIterator[bytes]
@@ -71,7 +73,7 @@ class Answer:
             if not short or self.status == 416:
                 return
             await guarded(self._what, _DRAIN_SECONDS, self._response.read())
-        except Transient:
+        except RegistryUnavailable:
             pass
         finally:
             if not self._response.content.at_eof():
@@ -95,7 +97,12 @@ class Wire:
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, limit_per_host=self._config.connections, ssl=self._tls),
+            connector=aiohttp.TCPConnector(
+                limit=0,
+                limit_per_host=self._config.connections,
+                keepalive_timeout=_KEEP_SECONDS,
+                ssl=self._tls,
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             trust_env=False,  # would also read netrc and send its passwords to redirect targets
@@ -127,13 +134,15 @@ class Wire:
         if self._session is None:
             raise RuntimeError("registry client is used outside its context")
         what = f"{method} {url.scheme}://{url.raw_host}"
+        proxy, proxy_headers = _proxy_for(url)
         request = self._session.request(
             method,
             url,
-            headers={**self._headers, **headers},
+            headers={**self._headers, **headers, **({} if url.scheme == "https" else proxy_headers)},
             data=body,
             allow_redirects=False,
-            proxy=_proxy_for(url),
+            proxy=proxy,
+            proxy_headers=proxy_headers,  # of a CONNECT; a plain request carries them itself
             timeout=self._timeout(patience_seconds),
         )
         response = await guarded(what, deadline - self._clock.monotonic(), request)
@@ -199,13 +208,18 @@ def _tls_context(ca_file: str) -> ssl.SSLContext:
     return context
 
 
-def _proxy_for(url: URL) -> str | None:
-    """HTTP(S)_PROXY and NO_PROXY of the environment; loopback is never reached through a proxy."""
+def _proxy_for(url: URL) -> tuple[URL | None, dict[str, str]]:
+    """HTTP(S)_PROXY and NO_PROXY of the environment, and headers for it; loopback is never reached through a proxy."""
     host = url.host or ""
     if host in ("localhost", "::1") or host.startswith("127."):
-        return None
+        return None, {}
     proxies = getproxies_environment()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass_environment(host, proxies):
-        return None
-    return proxy
+    text = proxies.get(url.scheme)
+    if not text or proxy_bypass_environment(host, proxies):
+        return None, {}
+    try:
+        proxy = URL(text)
+        login = base64.b64encode(f"{proxy.user}:{proxy.password or ''}".encode()).decode()
+        return proxy.with_user(None), {"Proxy-Authorization": f"Basic {login}"} if proxy.user else {}
+    except ValueError:
+        raise ConfigError(f"environment: {url.scheme}_proxy is not a URL") from None

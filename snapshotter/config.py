@@ -38,6 +38,7 @@ class Keys(Section, frozen=True):
     """Where private keys come from."""
 
     files: tuple[str, ...] = ()  # PEM (PKCS#8, PKCS#1, SEC1), unencrypted
+    ocicrypt_config: str = ""  # path of an ocicrypt key provider configuration; "" = none
 
 
 class Policy(Section, frozen=True):

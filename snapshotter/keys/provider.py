@@ -10,7 +10,15 @@ import structlog
 from snapshotter import labels
 from snapshotter.config import Limits
 from snapshotter.crypto.layer import LayerPrivate
-from snapshotter.errors import ConfigError, InvalidArgument, KeyDenied, LimitExceeded, MalformedImage
+from snapshotter.errors import (
+    ConfigError,
+    InvalidArgument,
+    KeyDenied,
+    LimitExceeded,
+    MalformedImage,
+    SnapshotterError,
+    Unavailable,
+)
 from snapshotter.keys import annotations as enc
 from snapshotter.keys import jwe
 
@@ -59,6 +67,27 @@ class FileKeys:
             except (MalformedImage, LimitExceeded) as error:
                 broken = broken or error
         raise broken or KeyDenied(jwe.no_key(self._keys))
+
+
+class AnyOf:
+    """Several providers, asked in order until one opens the layer."""
+
+    def __init__(self, providers: Sequence[KeyProvider]) -> None:
+        self._providers = tuple(providers)
+
+    async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
+        """See KeyProvider. Of several refusals one that a retry can change counts, then a broken layer, then no-key."""
+        refusals: list[SnapshotterError] = []
+        for provider in self._providers:
+            try:
+                return await provider.unwrap(annotations, limits)
+            except SnapshotterError as error:
+                refusals.append(error)
+        for kind in (Unavailable, LimitExceeded, MalformedImage):
+            for refusal in refusals:
+                if isinstance(refusal, kind):
+                    raise refusal
+        raise KeyDenied("; ".join(map(str, refusals)) or "layer key: no key provider is configured")
 
 
 def _load(path: Path) -> jwe.PrivateKey:

@@ -1,0 +1,239 @@
+"""Client of the ocicrypt key provider protocol: an external program or gRPC service unwraps the layer key.
+
+The configuration is ocicrypt's own file (`{"key-providers": {NAME: {"cmd": …} | {"grpc": …}}}`). For annotation
+`enc.keys.provider.NAME` the packet goes to NAME as JSON, and the private options come back, as base64 (Go) or as an
+array of integers (Rust).
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.wrappers_pb2 import BytesValue
+
+from snapshotter import labels
+from snapshotter.config import Limits
+from snapshotter.crypto import encoding
+from snapshotter.crypto.layer import LayerPrivate
+from snapshotter.crypto.secret import SecretBytes
+from snapshotter.errors import ConfigError, KeyDenied, MalformedImage, SnapshotterError, Unavailable
+from snapshotter.keys import annotations as enc
+
+log = structlog.get_logger(__name__)
+
+ANNOTATION_PREFIX: Final = labels.ENC_KEYS_PREFIX + "provider."
+UNWRAP_METHOD: Final = "/keyprovider.KeyProviderService/UnWrapKey"
+_CONFIG_BYTES = 1 << 20
+_REPLY_BYTES = 256 << 10  # an array of integers takes four characters a byte
+_TIMEOUT_SECONDS = 50.0  # what the clients of this protocol use
+_END_SECONDS = 5.0
+
+
+class Endpoint(Protocol):
+    """One configured provider."""
+
+    async def call(self, request: bytes) -> bytes:
+        """JSON in, JSON out (at most _REPLY_BYTES). Raises KeyDenied or Unavailable with a text for people."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A program: request on stdin, reply on stdout, exit status 0."""
+
+    path: str
+    arguments: tuple[str, ...] = ()
+
+    async def call(self, request: bytes) -> bytes:
+        pipe = asyncio.subprocess.PIPE
+        try:
+            process = await asyncio.create_subprocess_exec(
+                self.path,
+                *self.arguments,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # so that what it starts ends with it
+            )
+        except OSError as error:
+            raise Unavailable(f"{self.path}: {error.strerror}") from error
+        try:
+            async with asyncio.timeout(_TIMEOUT_SECONDS):
+                reply = await _exchange(process, request)
+                status = await process.wait() if len(reply) <= _REPLY_BYTES else -1
+        except TimeoutError:
+            raise Unavailable(f"{self.path}: no answer within {_TIMEOUT_SECONDS:.0f} s") from None
+        finally:
+            await _end(process)
+        if len(reply) > _REPLY_BYTES:
+            raise KeyDenied(f"{self.path}: answers more than {_REPLY_BYTES} bytes")
+        if status != 0:  # what it wrote is not repeated: it may quote the key
+            raise KeyDenied(f"{self.path}: exit status {status}")
+        return reply
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A gRPC service; `credentials` None is plaintext, for loopback and Unix sockets."""
+
+    address: str
+    credentials: grpc.ChannelCredentials | None = None
+    server_name: str = ""
+
+    async def call(self, request: bytes) -> bytes:
+        options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", _REPLY_BYTES),
+            ("grpc.enable_http_proxy", 0),  # a key never passes through a proxy of the environment
+        ]
+        if self.server_name:
+            options.append(("grpc.ssl_target_name_override", self.server_name))
+        channel = (
+            grpc.aio.secure_channel(self.address, self.credentials, options=options)
+            if self.credentials
+            else grpc.aio.insecure_channel(self.address, options=options)
+        )
+        async with channel:
+            # Input and output are messages of one bytes field with number 1, which is what BytesValue is.
+            method = channel.unary_unary(
+                UNWRAP_METHOD,
+                request_serializer=BytesValue.SerializeToString,
+                response_deserializer=BytesValue.FromString,
+            )
+            try:
+                reply: BytesValue = await method(BytesValue(value=request), timeout=_TIMEOUT_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                text = f"{self.address}: {error.code().name}"  # details are the peer's words and may quote the key
+                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise Unavailable(text) from None
+                raise KeyDenied(text) from None
+        return reply.value
+
+
+class ProviderKeys:
+    """Layer keys from the providers of an ocicrypt configuration."""
+
+    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self._endpoints = dict(endpoints)
+
+    @classmethod
+    def load(cls, path: Path) -> "ProviderKeys":
+        """Read the file that OCICRYPT_KEYPROVIDER_CONFIG names elsewhere. Raises ConfigError naming the provider."""
+        what = f"key provider configuration {path}"
+        try:
+            with path.open("rb") as file:
+                value = encoding.json_object(file.read(_CONFIG_BYTES + 1), what, _CONFIG_BYTES)
+        except OSError as error:
+            raise ConfigError(f"{what}: {error.strerror}") from error
+        except SnapshotterError as error:
+            raise ConfigError(str(error)) from None
+        providers = value.get("key-providers")
+        if not isinstance(providers, dict) or not all(isinstance(entry, dict) for entry in providers.values()):
+            raise ConfigError(f"{what}: key-providers is not an object of objects")
+        return cls({name: _endpoint(entry, f"{what}: {name}") for name, entry in providers.items()})
+
+    async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
+        """See KeyProvider. Asks every configured provider that the layer names, for every packet."""
+        enc.check_size(annotations, limits)
+        refusals: list[SnapshotterError] = []
+        for name, endpoint in self._endpoints.items():
+            for packet in enc.packets(annotations, ANNOTATION_PREFIX + name, limits):
+                try:
+                    with _options(await endpoint.call(_request(packet)), name) as options:
+                        return LayerPrivate.parse(options)
+                except SnapshotterError as error:
+                    log.info("key provider refused", provider=name, error=str(error), reason=error.reason)
+                    refusals.append(error)
+        if not refusals:
+            present = ", ".join(scheme[:60] for scheme in enc.schemes(annotations)[:8]) or "nothing"
+            configured = ", ".join(self._endpoints) or "none"
+            raise KeyDenied(f"layer key: wrapped for {present}; configured key providers: {configured}")
+        # One that may answer later decides: a retry can help.
+        raise next((error for error in refusals if isinstance(error, Unavailable)), refusals[0])
+
+
+async def _exchange(process: asyncio.subprocess.Process, request: bytes) -> bytes:
+    """Write the request and read up to one byte more than a reply may have."""
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(request)
+    try:
+        await process.stdin.drain()
+        process.stdin.close()
+        await process.stdin.wait_closed()
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # it answered, or failed, without reading everything; its exit status says which
+    reply = b""
+    while len(reply) <= _REPLY_BYTES and (piece := await process.stdout.read(_REPLY_BYTES + 1 - len(reply))):
+        reply += piece
+    return reply
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Leave no process and no pipe behind, whatever state they are in."""
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.stdout
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_END_SECONDS):
+            while await process.stdout.read(_REPLY_BYTES):
+                pass  # the pipe closes at its end
+            await process.wait()
+
+
+def _request(packet: bytes) -> bytes:
+    """As Go's ocicrypt writes it; Parameters is an object because Rust peers accept nothing else."""
+    unwrap = {"dc": {"Parameters": {}}, "annotation": encoding.b64_encode(packet)}
+    wrap = {"ec": None, "optsdata": None}
+    request = {"op": "keyunwrap", "keywrapparams": wrap, "keyunwrapparams": unwrap}
+    return json.dumps(request, separators=(",", ":")).encode()
+
+
+def _options(reply: bytes, name: str) -> SecretBytes:
+    """The private options in a reply. Raises MalformedImage, which never repeats it."""
+    what = f"reply of key provider {name}"
+    results = encoding.json_object(reply, what, _REPLY_BYTES).get("keyunwrapresults")
+    data = results.get("optsdata") if isinstance(results, dict) else None
+    if isinstance(data, str):
+        return SecretBytes(encoding.b64_decode(data, what))
+    if isinstance(data, list) and all(type(value) is int and 0 <= value < 256 for value in data):
+        return SecretBytes(bytes(data))
+    raise MalformedImage(f"{what}: optsdata is neither base64 nor an array of bytes")
+
+
+def _endpoint(entry: dict[str, Any], what: str) -> Endpoint:
+    command, address = entry.get("cmd"), entry.get("grpc")
+    if isinstance(command, dict) and isinstance(command.get("path"), str) and address in (None, ""):
+        arguments = command.get("args") or []
+        if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
+            raise ConfigError(f"{what}: cmd.args is not a list of strings")
+        return Command(command["path"], tuple(arguments))
+    if isinstance(address, str) and address and not command:
+        return _service(address, entry.get("grpc-tls"), what)
+    raise ConfigError(f"{what}: needs either cmd.path or grpc; other transports are not supported")
+
+
+def _service(address: str, tls: Any, what: str) -> Service:
+    if tls is None:
+        return Service(address)
+    if not isinstance(tls, dict) or tls.get("insecure-skip-verify"):
+        raise ConfigError(f"{what}: grpc-tls is not an object, or turns verification off, which is not supported")
+    texts: Sequence[Any] = [tls.get(name) or "" for name in ("root-ca-file", "cert-file", "key-file", "server-name")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{what}: grpc-tls has a member that is not a string")
+    root, certificate, key, server_name = texts
+    try:
+        read = [Path(name).read_bytes() if name else None for name in (root, key, certificate)]
+    except OSError as error:
+        raise ConfigError(f"{what}: grpc-tls: {error.filename}: {error.strerror}") from error
+    return Service(address, grpc.ssl_channel_credentials(*read), server_name)

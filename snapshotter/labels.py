@@ -25,6 +25,7 @@ ENC_PREFIX = "org.opencontainers.image.enc."
 ENC_PUBOPTS = ENC_PREFIX + "pubopts"
 ENC_KEYS_PREFIX = ENC_PREFIX + "keys."
 ENC_KEYS_JWE = ENC_KEYS_PREFIX + "jwe"
+ENC_KEYS_PKCS7 = ENC_KEYS_PREFIX + "pkcs7"
 
 MEDIA_NYDUS_BLOB = "application/vnd.oci.image.layer.nydus.blob.v1"
 MEDIA_LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"

@@ -43,7 +43,7 @@ class PrivateKey:
 
     kid: str
     algorithms: tuple[str, ...]
-    _jwk: JWK = field(repr=False, compare=False)
+    key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey = field(repr=False, compare=False)
 
     @classmethod
     def load(cls, pem: bytes) -> "PrivateKey":
@@ -57,8 +57,8 @@ class PrivateKey:
         except (ValueError, UnsupportedAlgorithm):
             raise InvalidArgument("private key: not PEM of PKCS#8, PKCS#1 or SEC1") from None
         algorithms = _algorithms(key.public_key())
-        jwk = JWK.from_pyca(key)
-        return cls(jwk.thumbprint(), algorithms, jwk)
+        assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
+        return cls(JWK.from_pyca(key).thumbprint(), algorithms, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def no_key(keys: Sequence[PrivateKey]) -> str:
 def _open(recipient: _Recipient, key: PrivateKey) -> SecretBytes | None:
     jwe = JWE(algs=[recipient.header["alg"], recipient.header["enc"]])
     try:
-        jwe.deserialize(json.dumps(recipient.flattened), key._jwk)
+        jwe.deserialize(json.dumps(recipient.flattened), JWK.from_pyca(key.key))
         return SecretBytes(jwe.payload)
     except JWException:  # its text may quote the packet; that the key does not fit is all there is to know
         return None

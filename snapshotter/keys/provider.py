@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 import structlog
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from snapshotter import labels
 from snapshotter.config import Limits
 from snapshotter.crypto.layer import LayerPrivate
+from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import (
     ConfigError,
     InvalidArgument,
@@ -20,11 +22,15 @@ from snapshotter.errors import (
     Unavailable,
 )
 from snapshotter.keys import annotations as enc
-from snapshotter.keys import jwe
+from snapshotter.keys import jwe, pkcs7
 
 log = structlog.get_logger(__name__)
 
 _KEY_FILE_BYTES = 64 << 10  # jwe refuses more
+
+
+class _Unwrap(Protocol):
+    def __call__(self, packet: bytes, keys: Sequence[jwe.PrivateKey], *, max_recipients: int) -> SecretBytes: ...
 
 
 class KeyProvider(Protocol):
@@ -36,7 +42,7 @@ class KeyProvider(Protocol):
 
 
 class FileKeys:
-    """Private keys in PEM files, for layers wrapped by JWE."""
+    """Private keys in PEM files, for layers wrapped by JWE or (RSA keys) PKCS#7."""
 
     def __init__(self, paths: Sequence[Path | str]) -> None:
         """Reads every file once. Raises ConfigError naming the file and never its content."""
@@ -50,17 +56,20 @@ class FileKeys:
     async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
         """See KeyProvider. Tries every packet with every key; one broken packet does not hide a good one."""
         enc.check_size(annotations, limits)
-        packets = enc.packets(annotations, labels.ENC_KEYS_JWE, limits)
+        packets: list[tuple[_Unwrap, bytes]] = [
+            (jwe.unwrap, packet) for packet in enc.packets(annotations, labels.ENC_KEYS_JWE, limits)
+        ]
+        packets += [(_pkcs7, packet) for packet in enc.packets(annotations, labels.ENC_KEYS_PKCS7, limits)]
         if not packets:
             present = ", ".join(scheme[:60] for scheme in enc.schemes(annotations)[:8]) or "nothing"
-            raise KeyDenied(f"layer key: wrapped for {present}; private key files open only jwe")
+            raise KeyDenied(f"layer key: wrapped for {present}; private key files open only jwe and pkcs7")
         return await asyncio.to_thread(self._first, packets, limits)  # an RSA operation takes milliseconds
 
-    def _first(self, packets: Sequence[bytes], limits: Limits) -> LayerPrivate:
+    def _first(self, packets: Sequence[tuple[_Unwrap, bytes]], limits: Limits) -> LayerPrivate:
         broken: MalformedImage | LimitExceeded | None = None
-        for packet in packets:
+        for unwrap, packet in packets:
             try:
-                with jwe.unwrap(packet, self._keys, max_recipients=limits.recipients) as options:
+                with unwrap(packet, self._keys, max_recipients=limits.recipients) as options:
                     return LayerPrivate.parse(options)
             except KeyDenied:
                 continue
@@ -88,6 +97,14 @@ class AnyOf:
                 if isinstance(refusal, kind):
                     raise refusal
         raise KeyDenied("; ".join(map(str, refusals)) or "layer key: no key provider is configured")
+
+
+def _pkcs7(packet: bytes, keys: Sequence[jwe.PrivateKey], *, max_recipients: int) -> SecretBytes:
+    rsa_keys = [key.key for key in keys if isinstance(key.key, rsa.RSAPrivateKey)]
+    options = pkcs7.unwrap(packet, rsa_keys, max_recipients=max_recipients)
+    if options is None:
+        raise KeyDenied(jwe.no_key(keys))
+    return options
 
 
 def _load(path: Path) -> jwe.PrivateKey:

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import structlog
 from snapshotter.config import Erofs
 from snapshotter.errors import FailedPrecondition, SnapshotterError, Unavailable
 from snapshotter.mounts.capabilities import attempts, kernel_version
-from snapshotter.mounts.mountinfo import read_mounts
+from snapshotter.mounts.mountinfo import Mount, read_mounts
 
 log = structlog.get_logger(__name__)
 
@@ -55,8 +57,13 @@ class ErofsMounter:
 
     async def unmount(self, target: Path) -> None:
         """Unmount `target`; not mounted is fine. Raises FailedPrecondition(reason busy) while somebody uses it."""
-        if not self.is_mounted(target):
+        point = _point(target)
+        mounts = read_mounts()
+        if all(mount.point != point for mount in mounts):
             return
+        # The kernel does not count an overlay as a user of its lower mounts, nor a bind mount of its origin.
+        if user := used_by(point, mounts):
+            raise FailedPrecondition(f"unmounting {target}: {user} uses it", reason="busy")
         answer = await self._child({"op": "unmount", "target": str(target)}, ())
         if answer.get("busy"):
             raise FailedPrecondition(f"unmounting {target}: in use", reason="busy")
@@ -66,7 +73,7 @@ class ErofsMounter:
 
     def is_mounted(self, target: Path) -> bool:
         """Whether something is mounted on `target`, by mountinfo; symlinks above `target` are followed."""
-        point = os.path.join(os.path.realpath(target.parent), target.name)
+        point = _point(target)
         return any(mount.point == point for mount in read_mounts())
 
     async def _child(self, request: dict[str, Any], descriptors: tuple[int, ...]) -> dict[str, Any]:
@@ -94,3 +101,25 @@ class ErofsMounter:
             raise SnapshotterError(f"{request['op']} child ended with status {process.returncode}", reason="mount")
         answer: dict[str, Any] = json.loads(output)
         return answer
+
+
+def used_by(point: str, mounts: Sequence[Mount]) -> str:
+    """Where a mount lies that shows the content of the one at `point`: an overlay above it, or a bind; "" if none.
+
+    An overlay may name its directories relative to where its mounter stood, so the last two names decide: one overlay
+    too many keeps a mount for a while, one too few takes an image from a container.
+    """
+    directory, name = point.split("/")[-2:]
+    named = re.compile(rf"(?<![^=:/]){re.escape(directory)}/{re.escape(name)}(?![^:,])")
+    devices = {mount.device for mount in mounts if mount.point == point}
+    for mount in mounts:
+        if mount.kind == "overlay" and named.search(mount.options):
+            return mount.point
+        if mount.device in devices and mount.point != point:
+            return mount.point
+    return ""
+
+
+def _point(target: Path) -> str:
+    """As mountinfo writes it. The target itself is not looked at: that would reach the mount."""
+    return os.path.join(os.path.realpath(target.parent), target.name)

@@ -3,6 +3,7 @@
 import pytest
 
 from snapshotter.mounts.capabilities import Attempt, attempts, directio_is_safe, kernel_version
+from snapshotter.mounts.drivers import used_by
 from snapshotter.mounts.mountinfo import Mount, read_mounts
 
 
@@ -34,6 +35,23 @@ def test_directio_is_preferred_where_it_is_safe(version: tuple[int, int, int]) -
 def test_configured_driver_is_the_only_one_tried() -> None:
     assert {attempt.driver for attempt in attempts("loop", (6, 18, 44))} == {"loop"}
     assert {attempt.driver for attempt in attempts("file", (6, 1, 0))} == {"file"}
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        ("rw,lowerdir=/r/snapshots/13/fs:/r/snapshots/12/mnt,upperdir=/u,workdir=/w", True),
+        ("rw,lowerdir=13/fs:12/mnt,upperdir=/u", True),
+        ("rw,lowerdir+=/r/snapshots/12/mnt,lowerdir+=/x", True),
+        ("rw,lowerdir=/r/snapshots/112/mnt:/r/snapshots/12/mnt2:/r/snapshots/12/mnt/sub", False),
+    ],
+)
+def test_image_is_used_by_an_overlay_that_names_it(options: str, used: bool) -> None:
+    mounts = [
+        Mount(1, "0:39", "/", "/r/snapshots/12/mnt", "erofs", "x", "ro"),
+        Mount(2, "0:40", "/", "/run/rootfs", "overlay", "overlay", options),
+    ]
+    assert used_by("/r/snapshots/12/mnt", mounts) == ("/run/rootfs" if used else "")
 
 
 def test_mountinfo_escapes_and_optional_fields() -> None:

@@ -106,6 +106,27 @@ async def test_unmount_of_a_used_image_says_busy(session: int, target: Path) -> 
     await mounter.unmount(target)
 
 
+@pytest.mark.parametrize("way", ["overlay", "overlay with relative directories", "bind"])
+async def test_image_below_another_mount_says_busy(work: Work, session: int, way: str) -> None:
+    """The kernel would unmount it: the other mount has a reference of its own."""
+    target, above = work.directory("snapshots/12/mnt"), work.directory("above")
+    mounter = ErofsMounter(session, Erofs())
+    await mounter.mount(IMAGE, DEVICES, target)
+    work.directory("snapshots/13/fs")
+    command = {
+        "overlay": ["mount", "-t", "overlay", "-o", f"lowerdir={work.path}/snapshots/13/fs:{target}", "none"],
+        "overlay with relative directories": ["mount", "-t", "overlay", "-o", "lowerdir=12/mnt:13/fs", "none"],
+        "bind": ["mount", "--bind", str(target)],
+    }
+    await asyncio.to_thread(subprocess.run, [*command[way], above], check=True, cwd=work.path / "snapshots")
+    with pytest.raises(FailedPrecondition, match=str(above)) as caught:
+        await mounter.unmount(target)
+    assert caught.value.reason == "busy"
+    await asyncio.to_thread(subprocess.run, ["umount", above], check=True)
+    await mounter.unmount(target)
+    assert not mounter.is_mounted(target)
+
+
 async def test_stacked_mounts_are_all_removed(session: int, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An orphaned child of a killed daemon and its successor may both have mounted."""
     mounter = ErofsMounter(session, Erofs())

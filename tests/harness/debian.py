@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tests.harness import oci
@@ -44,8 +44,18 @@ def image(name: str, say: Say = print) -> oci.Layout:
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
+            _remove_older(home)
             _build(home, name, done, say)
     return oci.Layout(done)
+
+
+def _remove_older(home: Path) -> None:
+    """Delete what other versions of the recipes built, unless somebody is building there."""
+    for other in home.parent.glob("debian-*"):
+        if other != home and (other / "lock").exists():
+            with (other / "lock").open("w") as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(other)
 
 
 def _build(home: Path, name: str, done: Path, say: Say) -> None:

@@ -7,6 +7,7 @@ containerd and Docker do. Parsing never touches a file or the network.
 import ipaddress
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -72,13 +73,7 @@ class Reference:
     @property
     def is_loopback(self) -> bool:
         """True for `localhost` and loopback addresses, which are spoken to without TLS, as containerd does."""
-        name = re.sub(r":[0-9]+\Z", "", self.host)
-        if name == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(name.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return _is_loopback(self.host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +157,17 @@ def _split_host(name: str) -> tuple[str, str]:
     if host == DOCKER_HUB and "/" not in repository:
         repository = f"library/{repository}"
     return host, repository
+
+
+@lru_cache(maxsize=256)
+def _is_loopback(host: str) -> bool:
+    name = re.sub(r":[0-9]+\Z", "", host)
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _address_ok(host: str) -> bool:

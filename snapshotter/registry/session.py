@@ -55,18 +55,25 @@ class Session:
         while True:
             own = redirects.same_origin(url, endpoint.url)
             authorization = await self._authenticator.header(endpoint, scope, deadline) if own else None
-            async with self._wire.exchange(
-                method,
-                url,
-                headers={**(headers or {}), **({"Authorization": authorization} if authorization else {})},
-                deadline=deadline,
-                body=body() if body else None,
-                patience_seconds=patience_seconds,
-            ) as answer:
-                if answer.status in expect:
-                    yield answer
-                    return
-                await answer.discard()
+            answered = False
+            try:
+                async with self._wire.exchange(
+                    method,
+                    url,
+                    headers={**(headers or {}), **({"Authorization": authorization} if authorization else {})},
+                    deadline=deadline,
+                    body=body() if body else None,
+                    patience_seconds=patience_seconds,
+                ) as answer:
+                    answered = True
+                    if answer.status in expect:
+                        yield answer
+                        return
+                    await answer.discard()
+            except RegistryUnavailable:
+                if not answered:
+                    self._targets.drop(remember, url)  # the next try asks the registry for another one
+                raise
             # Only now, with the connection given back, ask anything else.
             denied = answer.status == 401 or (answer.status == 403 and authorization is not None)
             if answer.status in redirects.REDIRECT_STATUS and body is None and hops < redirects.MAX_HOPS:
@@ -82,6 +89,7 @@ class Session:
                 challenges = answer.values("WWW-Authenticate")
                 await self._authenticator.renew(endpoint, scope, challenges, authorization, deadline)
             else:
+                self._targets.drop(remember, url)
                 raise self._refusal(what, answer)
 
     def _remember(self, key: Hashable, endpoint: Endpoint, url: URL) -> None:

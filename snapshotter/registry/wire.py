@@ -133,7 +133,7 @@ class Wire:
         """
         if self._session is None:
             raise RuntimeError("registry client is used outside its context")
-        what = f"{method} {url.scheme}://{url.raw_host}"
+        what = f"{method} {url.scheme}://{(url.raw_host or '')[:100]}"
         proxy, proxy_headers = _proxy_for(url)
         request = self._session.request(
             method,

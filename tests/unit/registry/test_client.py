@@ -459,3 +459,11 @@ async def test_nothing_is_logged(
     client = await clients.make()
     await client.manifest(image)
     assert caplog.records == []
+
+
+async def test_docker_hub_has_its_own_origin(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    client = await clients.make(retries=0)
+    with pytest.raises(RegistryUnavailable, match=r"https://registry-1\.docker\.io: cannot connect"):
+        await client.manifest(Reference.parse("busybox"))

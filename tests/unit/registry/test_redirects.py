@@ -96,6 +96,20 @@ async def test_a_broken_target_shows_no_signature(
     assert "5ec7e7" not in f"{caught.value}{caught.value.__cause__!r}"
 
 
+async def test_a_target_that_fails_is_not_kept(
+    sim: SimRegistry, cdn: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    client = await clients.make(retries=1)
+    sim.redirect = lambda _: "http://127.0.0.1:1/x"
+    with pytest.raises(RegistryUnavailable):
+        await client.read_range(image, blob, 0, 50, SIZE)
+    sim.redirect = lambda digest: f"{cdn.origin}/cdn/{digest}"
+    cdn.fail(faults.status(503), on="cdn")
+    asked = len(sim.seen)
+    assert await client.read_range(image, blob, 0, 50, SIZE) == CONTENT[:50]
+    assert len(sim.seen) == asked + 2
+
+
 async def test_a_cut_at_the_target_is_resumed_there(
     sim: SimRegistry, cdn: SimRegistry, clients: Clients, image: Reference, blob: Digest
 ) -> None:

@@ -44,8 +44,10 @@ class ImagePolicy:
             pins.setdefault(_repository(reference), set()).add(reference.digest)
         return cls(mode, policy.require, {name: frozenset(digests) for name, digests in pins.items()})
 
-    def pins_repository(self, reference: Reference) -> bool:
-        return _repository(reference) in self._pins
+    def needs_index(self, reference: Reference, manifest: Digest) -> bool:
+        """Whether only an index that the tag leads to could still make this manifest a pinned one."""
+        pinned = self._pins.get(_repository(reference))
+        return reference.digest is None and pinned is not None and manifest not in pinned
 
     def admit(self, reference: Reference, digests: Sequence[Digest]) -> Admission:
         """Decide on the image that `reference` led to.

@@ -12,7 +12,7 @@ from typing import Any
 from snapshotter import labels
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
-from snapshotter.errors import FailedPrecondition, IntegrityError, MalformedImage, PolicyDenied
+from snapshotter.errors import FailedPrecondition, IntegrityError, MalformedImage, NotFound, PolicyDenied
 from snapshotter.image.manifest import Descriptor, Manifest, chain_ids, fetch_image, image_digests
 from snapshotter.image.policy import Admission, ImagePolicy
 from snapshotter.registry.reference import Reference
@@ -69,7 +69,7 @@ class Resolver:
                     f"image {reference}: its index does not list manifest {request.manifest}", reason="digest-mismatch"
                 )
             digests.insert(0, reference.digest)
-        elif reference.digest is None and self._policy.pins_repository(reference):
+        elif self._policy.needs_index(reference, request.manifest):
             digests = await self._through_index(reference, request.manifest)
         admission = self._policy.admit(reference, digests)
         resolved = await fetch_image(self._source, source, None, self._limits)
@@ -82,8 +82,9 @@ class Resolver:
 
     async def _through_index(self, reference: Reference, manifest: Digest) -> list[Digest]:
         """A tag may lead to a pinned index; the digests on that way, or only the manifest's when it does not."""
-        _, _, top = await self._source.manifest(reference)
-        if top == manifest:
+        try:
+            _, _, top = await self._source.manifest(reference)
+        except NotFound:
             return [manifest]
         listed = await image_digests(self._source, reference.pinned(top), self._limits)
         return [top, manifest] if manifest in listed else [manifest]

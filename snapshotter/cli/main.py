@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from snapshotter import __version__
 from snapshotter.cli import image, node
@@ -23,13 +24,19 @@ runs already); 10 something does not answer; 11 refused (registry, policy or key
 20 content is not what it was promised to be; 130 interrupted"""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Options are written out: an abbreviation that works today would become another option's tomorrow."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top: argparse.ArgumentParser = _Parser(
         prog="coco-snapshotter",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"coco-snapshotter {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -62,7 +62,7 @@ def _check_apart(root: Path, cache: Path, address: Path) -> None:
 def _check_trusted(root: Path, trusted: Sequence[str]) -> None:
     existing = next(path for path in (root, *root.parents) if path.exists())
     mount = mount_of(existing)
-    if mount.kind in _MEMORY or mount.device in {_device(name) for name in trusted}:
+    if mount.kind in _MEMORY or mount.device in _devices(trusted):
         return
     raise ConfigError(
         f"root {root} lies on {mount.kind}, device {mount.device} ({mount.source}), which the host can read and change",
@@ -73,10 +73,9 @@ def _check_trusted(root: Path, trusted: Sequence[str]) -> None:
 
 def _check_swap(trusted: Sequence[str], swaps: str) -> None:
     """Keys and decrypted file contents are memory: they must not be swapped out to where the host reads them."""
-    devices = {_device(name) for name in trusted}
     for line in swaps.splitlines()[1:]:
         path = line.split()[0]
-        if not path.startswith("/dev/zram") and _device(path) not in devices:
+        if not path.startswith("/dev/zram") and _lies_on(path) not in _devices(trusted):
             raise ConfigError(
                 f"swap space {path} is active, which the host can read",
                 reason="untrusted-swap",
@@ -84,12 +83,22 @@ def _check_swap(trusted: Sequence[str], swaps: str) -> None:
             )
 
 
-def _device(name: str) -> str:
-    """ "MAJ:MIN" of a block device given by path or by that very text; "" for what is no block device."""
-    if not name.startswith("/"):
-        return name
+def _devices(names: Sequence[str]) -> set[str]:
+    """MAJ:MIN of block devices given by path or by that very text, without those that are none."""
+    return {name if not name.startswith("/") else _number(name) for name in names} - {""}
+
+
+def _number(path: str) -> str:
     try:
-        status = os.stat(name)
+        status = os.stat(path)
     except OSError:
         return ""
     return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if stat.S_ISBLK(status.st_mode) else ""
+
+
+def _lies_on(swap: str) -> str:
+    """The device of a swap partition or swap file; "" if that cannot be told."""
+    try:
+        return _number(swap) or mount_of(Path(swap)).device
+    except OSError:
+        return ""

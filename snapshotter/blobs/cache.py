@@ -111,7 +111,7 @@ class ChunkCache:
             try:
                 grown = self._write(name, data)
             except FileNotFoundError:  # somebody removed the directory
-                self._bucket(name[0], anew=True)
+                self._bucket(name[0], make=True, anew=True)
                 grown = self._write(name, data)
         except OSError as error:
             self._counters.add("cache_errors")
@@ -139,7 +139,7 @@ class ChunkCache:
 
     def _write(self, name: bytes, data: bytes | memoryview) -> tuple[int, int]:
         """Write beside and rename, so that readers see the whole or nothing. Returns growth in bytes and entries."""
-        bucket, text = self._bucket(name[0]), name.hex()
+        bucket, text = self._bucket(name[0], make=True), name.hex()
         with self._sums:
             self._serial += 1
             temporary = f"{_TEMPORARY}{os.getpid()}-{self._serial}"
@@ -174,18 +174,19 @@ class ChunkCache:
         except OSError:
             os.rename(text, f"{_TEMPORARY}{os.getpid()}-{text}", src_dir_fd=bucket, dst_dir_fd=bucket)
 
-    def _bucket(self, bucket: int, anew: bool = False) -> int:
-        """Descriptor of a bucket's directory, which is made if it is missing."""
+    def _bucket(self, bucket: int, make: bool = False, anew: bool = False) -> int:
+        """Descriptor of a bucket's directory. `make` it if it is missing; look for it `anew` if it may be gone."""
         fd = self._buckets[bucket]
         if fd >= 0 and not anew:
             return fd
         with self._opening:
             if self._buckets[bucket] != fd:
                 return self._buckets[bucket]  # another thread was faster
-            self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if make:
+                self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
             parent = os.open(self._path, _DIRECTORY)
             try:
-                opened = self._open_bucket(parent, f"{bucket:02x}")
+                opened = _open_directory(parent, f"{bucket:02x}", make)
             finally:
                 os.close(parent)
             if fd >= 0:
@@ -195,16 +196,6 @@ class ChunkCache:
                 return fd
             self._buckets[bucket] = opened
             return opened
-
-    def _open_bucket(self, parent: int, text: str) -> int:
-        for _ in range(2):
-            with suppress(FileExistsError):
-                os.mkdir(text, 0o700, dir_fd=parent)
-            try:
-                return os.open(text, _DIRECTORY, dir_fd=parent)
-            except NotADirectoryError:  # a file or a link in its place
-                os.unlink(text, dir_fd=parent)
-        return os.open(text, _DIRECTORY, dir_fd=parent)
 
     def _walk(self, clean: bool = False) -> Iterator[Entry]:
         """Every entry, beginning with a bucket after the last one that was evicted from."""
@@ -265,3 +256,14 @@ class ChunkCache:
         with self._sums:
             self._bytes += size
             self._entries += entries
+
+
+def _open_directory(parent: int, text: str, make: bool) -> int:
+    for _ in range(2 if make else 0):
+        with suppress(FileExistsError):
+            os.mkdir(text, 0o700, dir_fd=parent)
+        try:
+            return os.open(text, _DIRECTORY, dir_fd=parent)
+        except NotADirectoryError:  # a file or a link in its place
+            os.unlink(text, dir_fd=parent)
+    return os.open(text, _DIRECTORY, dir_fd=parent)

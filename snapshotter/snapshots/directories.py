@@ -1,0 +1,181 @@
+"""The directories of snapshots: how they are made, measured and destroyed.
+
+<root>/snapshots/<id>/fs             files of an ordinary snapshot: the upper directory of its overlay
+<root>/snapshots/<id>/work           overlay's work directory, of an active one
+<root>/snapshots/<id>/mnt            where a lazy image's EROFS is mounted; never looked into from here
+<root>/snapshots/<id>/snapshot.json  see `sidecar`
+<root>/snapshots/new-…               being made
+<root>/snapshots/old-…               being destroyed
+<root>/snapshots/lost-…              nobody knows what it is; kept for people to look at
+"""
+
+import errno
+import itertools
+import os
+import secrets
+import stat
+import tempfile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from snapshotter.snapshots.model import Usage
+
+Purpose = Literal["active", "view", "data", "image"]
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_SLICE = 4096  # directory entries held at a time
+_DEPTH = 512  # levels of directories that are measured; each costs a descriptor
+
+
+class RootAttributes(NamedTuple):
+    """Of a root directory: a child starts with its parent's, since overlayfs shows those of the topmost layer."""
+
+    mode: int = 0o755
+    uid: int = 0
+    gid: int = 0
+
+
+class Directories:
+    def __init__(self, root: Path) -> None:
+        """`root` exists; `<root>/snapshots` is made."""
+        self.base = root / "snapshots"
+        self.base.mkdir(mode=0o700, exist_ok=True)
+
+    def path(self, number: int) -> Path:
+        return self.base / str(number)
+
+    def files(self, number: int) -> Path:
+        return self.base / str(number) / "fs"
+
+    def work(self, number: int) -> Path:
+        return self.base / str(number) / "work"
+
+    def mountpoint(self, number: int) -> Path:
+        return self.base / str(number) / "mnt"
+
+    def names(self) -> list[str]:
+        return os.listdir(self.base)
+
+    def attributes(self, number: int) -> RootAttributes:
+        """Of the root directory of an ordinary snapshot."""
+        status = self.files(number).stat()
+        return RootAttributes(status.st_mode & 0o7777, status.st_uid, status.st_gid)
+
+    def make(self, purpose: Purpose, attributes: RootAttributes) -> Path:
+        """A new directory under a temporary name."""
+        path = Path(tempfile.mkdtemp(prefix="new-", dir=self.base))
+        if purpose == "image":
+            (path / "mnt").mkdir()
+        elif purpose != "data":
+            files = path / "fs"
+            files.mkdir()
+            os.chown(files, attributes.uid, attributes.gid)
+            files.chmod(attributes.mode)  # after chown, which clears bits; and mkdir obeys the umask
+        if purpose == "active":
+            (path / "work").mkdir()
+            (path / "work").chmod(0o711)
+        return path
+
+    def place(self, path: Path, number: int) -> Path:
+        """Give a new directory its final name."""
+        return path.rename(self.path(number))
+
+    def retire(self, name: str, prefix: Literal["old", "lost"] = "old") -> Path:
+        """Rename a directory, so that it is no snapshot's any more."""
+        return (self.base / name).rename(self.base / f"{prefix}-{name}-{secrets.token_hex(4)}")
+
+
+def destroy(path: Path) -> None:
+    """Delete a directory however deep and large it is: subdirectories are moved up instead of walked down.
+
+    Crosses no mount and follows no link. Raises OSError (EBUSY for a mount), and may be tried again.
+    """
+    moved = _Moved()
+    top = os.open(path, _OPEN)
+    try:
+        _empty(top, top, moved)
+        while moved.names:
+            name = moved.names.pop()
+            fd = os.open(name, _OPEN, dir_fd=top)
+            try:
+                _empty(fd, top, moved)
+            finally:
+                os.close(fd)
+            os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    path.rmdir()
+
+
+class _Moved:
+    """Directories that were moved up, under names that nobody else uses."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._token, self._count = secrets.token_hex(4), 0
+
+    def add(self) -> str:
+        self._count += 1
+        self.names.append(f".{self._token}-{self._count}")
+        return self.names[-1]
+
+
+def _empty(directory: int, top: int, moved: _Moved) -> None:
+    """Delete what is in `directory`, but move directories that are not empty to `top`."""
+    ours: set[str] = set()
+    while True:
+        with os.scandir(directory) as found:  # a slice at a time: there may be millions
+            entries = list(itertools.islice((entry for entry in found if entry.name not in ours), _SLICE))
+        if not entries:
+            return
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=directory)
+                continue
+            try:
+                os.rmdir(entry.name, dir_fd=directory)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                name = moved.add()
+                os.rename(entry.name, name, src_dir_fd=directory, dst_dir_fd=top)
+                if directory == top:
+                    ours.add(name)
+
+
+def measure(path: Path) -> Usage:
+    """Blocks and inodes below and including `path`; what has several links counts once, what vanishes does not.
+
+    A container may be at work in there: nothing is followed out of the tree. Levels below the 512th do not count.
+    """
+    top = os.open(path, _OPEN)
+    stack = [(top, os.scandir(top))]
+    size, inodes = os.fstat(top).st_blocks * 512, 1
+    linked: set[tuple[int, int]] = set()
+    try:
+        while stack:
+            directory, entries = stack[-1]
+            entry = next(entries, None)
+            if entry is None:
+                entries.close()
+                os.close(directory)
+                stack.pop()
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode) and len(stack) < _DEPTH:
+                    inside = os.open(entry.name, _OPEN, dir_fd=directory)
+                    stack.append((inside, os.scandir(inside)))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                continue
+            if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
+                if (status.st_dev, status.st_ino) in linked:
+                    continue
+                linked.add((status.st_dev, status.st_ino))
+            size, inodes = size + status.st_blocks * 512, inodes + 1
+    finally:
+        for directory, entries in stack:
+            entries.close()
+            os.close(directory)
+    return Usage(size, inodes)

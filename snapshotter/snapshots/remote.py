@@ -1,0 +1,55 @@
+"""The seam between snapshots and images: what is asked about a layer, and what is remembered of a lazy image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+
+class LayerRequest(NamedTuple):
+    """An extraction Prepare: containerd wants to unpack layer `chain_id` onto the layer `parent_chain`."""
+
+    namespace: str  # "" if the caller names none
+    labels: Mapping[str, str]
+    chain_id: str
+    parent_chain: str | None  # "" for the lowest layer, None if the parent's chain id is not known
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """What is needed to find, verify and mount a lazy image again. Kept in the database and in the sidecar."""
+
+    reference: str  # as it was pulled
+    manifest: str  # digest of the platform's manifest
+    bootstrap: str  # digest of the bootstrap layer
+    chain_id: str  # of the bootstrap layer
+    sealed: bool
+    # Attributes of the image's root directory: a container's own root directory starts with them, and reading them
+    # from the mount would touch EROFS.
+    root_mode: int = 0o755
+    root_uid: int = 0
+    root_gid: int = 0
+
+
+class LayerVerdict(NamedTuple):
+    """`ordinary`: containerd unpacks it. `data`: part of a lazy image, nothing to unpack. `image`: its bootstrap."""
+
+    kind: Literal["ordinary", "data", "image"]
+    record: ImageRecord | None = None  # of an `image`
+
+
+class RemoteImages(Protocol):
+    """Implemented by `images.Images`."""
+
+    @property
+    def only_verified(self) -> bool:
+        """Nothing may be committed that did not come from a verified image."""
+
+    async def resolve(self, request: LayerRequest) -> LayerVerdict:
+        """Verify the image of this layer for this caller. Raises SnapshotterError to refuse."""
+
+    async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
+        """Attach the image to the data plane and mount its EROFS at `target`; done already is fine."""
+
+    async def unmount(self, attach_id: int, target: Path) -> None:
+        """Undo `mount`; undone already is fine. Raises FailedPrecondition(reason busy) while it is in use."""

@@ -1,0 +1,336 @@
+"""The snapshotter: containerd's operations on store, directories and images.
+
+A change happens in one step of the event loop, as one transaction with the directory's rename inside: so it is done
+whole or not at all, whichever call is cancelled and whenever the process dies. Whatever has to be waited for (verifying
+an image, mounting it, measuring a directory) comes before that step and changes nothing that matters.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import structlog
+
+from snapshotter import failpoints
+from snapshotter.config import Limits
+from snapshotter.errors import (
+    AlreadyExists,
+    ConfigError,
+    FailedPrecondition,
+    IntegrityError,
+    InvalidArgument,
+    NotFound,
+    PolicyDenied,
+    SnapshotterError,
+)
+from snapshotter.labels import NYDUS_BLOB, NYDUS_BOOTSTRAP, SNAPSHOT_REF
+from snapshotter.snapshots import directories, overlay, recovery, sidecar
+from snapshotter.snapshots.directories import Directories, RootAttributes
+from snapshotter.snapshots.filters import Filter
+from snapshotter.snapshots.model import Info, Kind, Labels, Mount, Usage
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages
+from snapshotter.snapshots.store import Entry, Layer, Row, Store
+
+log = structlog.get_logger(__name__)
+
+_BATCH = 100  # snapshots per message of a List
+HINT = (
+    "have containerd send image labels: disable_snapshot_annotations = false in its CRI plugin, or "
+    'exports.enable_remote_snapshot_annotations = "true" in the proxy plugin (2.1+)'
+)
+
+
+class Snapshotter:
+    """In every method, `plugin` is the name under which containerd knows this service: each has its own snapshots."""
+
+    def __init__(self, root: Path, store: Store, images: RemoteImages, limits: Limits) -> None:
+        if set(str(root)) & set(",:\\\n"):
+            raise ConfigError(f"config: root {str(root)!r} has a character that overlay mount options cannot hold")
+        self._store = store
+        self._directories = Directories(root)
+        self._images = images
+        self._limits = limits
+        self._overlay_options = overlay.options()
+        self._cleaner: asyncio.Task[None]
+        self._locks: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # one per image in transition
+
+    # making snapshots
+
+    async def prepare(self, plugin: str, key: str, parent: str, labels: Labels, namespace: str = "") -> Sequence[Mount]:
+        """A writable snapshot, or AlreadyExists if containerd need not unpack the layer that it wants to put there.
+
+        Raises InvalidArgument, NotFound, AlreadyExists, and whatever verifying the image raises.
+        """
+        self._check(plugin, key, labels)
+        above = self._store.parent(plugin, parent)
+        self._store.require_free(plugin, key)
+        ref = labels.get(SNAPSHOT_REF)
+        if not ref and (NYDUS_BLOB in labels or NYDUS_BOOTSTRAP in labels):
+            raise FailedPrecondition(f"a layer that is read on demand came without label {SNAPSHOT_REF}", hint=HINT)
+        if ref:
+            request = LayerRequest(namespace, labels, ref, self._chain_id(above))
+            verdict = await self._images.resolve(request)
+            if verdict.kind != "ordinary":
+                self._provide(plugin, above, ref, labels, verdict)
+                raise AlreadyExists(f"layer {ref}: nothing to unpack, it is read on demand")
+        return await self._create(plugin, Kind.ACTIVE, key, above, labels)
+
+    async def view(self, plugin: str, key: str, parent: str, labels: Labels) -> Sequence[Mount]:
+        """A read-only look at `parent`. Raises as `prepare`."""
+        self._check(plugin, key, labels)
+        above = self._store.parent(plugin, parent)
+        self._store.require_free(plugin, key)
+        return await self._create(plugin, Kind.VIEW, key, above, labels)
+
+    async def mounts(self, plugin: str, key: str) -> Sequence[Mount]:
+        """What making the snapshot returned. Raises NotFound, FailedPrecondition for a committed one."""
+        row = self._store.get(plugin, key)
+        if row.kind is Kind.COMMITTED:
+            raise FailedPrecondition("a committed snapshot has no mounts")
+        if not self._directories.files(row.id).is_dir():
+            raise _lost(row.id)
+        lower, _ = await self._lower(row.parent_id)
+        return overlay.mounts(self._directories, row.id, row.kind, lower, self._overlay_options)
+
+    async def _create(self, plugin: str, kind: Kind, key: str, above: Row | None, labels: Labels) -> Sequence[Mount]:
+        lower, attributes = await self._lower(above and above.id)
+        row = self._new(key, above, kind)
+        purpose: directories.Purpose = "active" if kind is Kind.ACTIVE else "view"
+        self._insert(Entry(plugin, row, _present(labels), None), purpose, attributes)
+        return overlay.mounts(self._directories, row.id, kind, lower, self._overlay_options)
+
+    def _provide(self, plugin: str, above: Row | None, ref: str, labels: Labels, verdict: LayerVerdict) -> None:
+        """Have a committed snapshot for a layer of a lazy image. containerd finds it by its ref and its parent."""
+        if self._store.remote(plugin, ref, above and above.id) is not None:
+            return
+        row = self._new("", above, Kind.COMMITTED)
+        row = row._replace(name=f"{ref}@{row.id}", ref=ref)
+        purpose: directories.Purpose = "image" if verdict.record else "data"
+        self._insert(Entry(plugin, row, _present(labels), verdict.record), purpose, RootAttributes())
+
+    def _new(self, name: str, above: Row | None, kind: Kind) -> Row:
+        now = time.time_ns()
+        parent_id, parent = (above.id, above.name) if above else (None, "")
+        return Row(self._store.new_id(), name, parent_id, kind, now, now, Usage(0, 0), None, parent)
+
+    def _insert(self, entry: Entry, purpose: directories.Purpose, attributes: RootAttributes) -> None:
+        path = self._directories.make(purpose, attributes)
+        try:
+            failpoints.hit("create.made")
+            with self._store.transaction():
+                self._store.insert(entry)
+                sidecar.write(path, entry, durable=entry.row.kind is Kind.COMMITTED)
+                failpoints.hit("create.inserted")
+                path = self._directories.place(path, entry.row.id)
+                failpoints.hit("create.placed")
+        except BaseException:
+            directories.destroy(path)
+            raise
+        failpoints.hit("create.done")
+
+    # changing them
+
+    async def commit(self, plugin: str, name: str, key: str, parent: str, labels: Labels) -> None:
+        """Make the active snapshot `key` the committed snapshot `name`.
+
+        Raises AlreadyExists, NotFound, FailedPrecondition if it is not active, InvalidArgument for another parent, and
+        PolicyDenied where only verified images may become snapshots.
+        """
+        self._check(plugin, name, labels)
+        active = self._store.committable(plugin, name, key)
+        if self._images.only_verified:
+            raise PolicyDenied(
+                f"snapshot {key[:200]!r}: what was unpacked here was never verified and is not committed"
+            )
+        usage = await self._measure(active.id)
+        with self._store.transaction():
+            entry = self._store.commit(plugin, active, name, parent, labels, usage)
+            sidecar.write(self._directories.path(active.id), entry, durable=True)
+            failpoints.hit("commit.written")
+        failpoints.hit("commit.done")
+
+    def update(self, plugin: str, name: str, labels: Labels, paths: Sequence[str]) -> Info:
+        """Change labels: all of them, or those that `paths` (a field mask) select. Raises NotFound, InvalidArgument."""
+        row = self._store.get(plugin, name)
+        changed = _masked(self._store.labels(row.id), labels, paths)
+        if row.ref is not None:
+            changed[SNAPSHOT_REF] = row.ref  # containerd finds the layer by it
+        self._check(plugin, name, changed)
+        with self._store.transaction():
+            entry = self._store.set_labels(plugin, row, changed)
+            if self._directories.path(row.id).is_dir():
+                sidecar.write(self._directories.path(row.id), entry, durable=False)
+        return entry.info
+
+    def remove(self, plugin: str, name: str) -> None:
+        """Forget a snapshot; its directory is destroyed by a later `cleanup`. Raises NotFound, FailedPrecondition."""
+        with self._store.transaction():
+            row = self._store.delete(plugin, name)
+            failpoints.hit("remove.deleted")
+        failpoints.hit("remove.done")
+        if row.kind is not Kind.COMMITTED or row.ref is None:  # a directory that may hold a mount is for `cleanup`
+            with contextlib.suppress(OSError):
+                self._directories.retire(str(row.id))
+
+    # looking at them
+
+    def stat(self, plugin: str, name: str) -> Info:
+        """Raises NotFound."""
+        return self._store.info(plugin, name)
+
+    async def usage(self, plugin: str, name: str) -> Usage:
+        """Of this snapshot alone: measured now, or when it was committed. Raises NotFound."""
+        row = self._store.get(plugin, name)
+        return row.usage if row.kind is Kind.COMMITTED else await self._measure(row.id)
+
+    async def walk(self, plugin: str, filters: Sequence[str]) -> AsyncIterator[Sequence[Info]]:
+        """Batches of those that match; nothing is held between batches. Raises InvalidArgument for a bad filter."""
+        wanted = Filter(filters)
+        numbers = self._store.ids(plugin, wanted.required_label())
+        for begin in range(0, len(numbers), _BATCH):
+            found = [info for info in self._store.infos(numbers[begin : begin + _BATCH]) if wanted.matches(info)]
+            if found:
+                yield found
+            await asyncio.sleep(0)
+
+    def images(self) -> Mapping[int, ImageRecord]:
+        """All lazy images by attach id."""
+        return self._store.images()
+
+    def mountpoint(self, attach_id: int) -> Path:
+        """Where the image is mounted while it is."""
+        return self._directories.mountpoint(attach_id)
+
+    # disposing of what is left
+
+    async def start(self) -> None:
+        """Make directories and database agree, and begin to destroy in the background what belongs to neither."""
+        recovery.reconcile(self._store, self._directories)
+        self._cleaner = asyncio.create_task(self.cleanup())
+
+    async def stop(self) -> None:
+        """End what `start` began; the rest of the garbage waits for the next start."""
+        self._cleaner.cancel()
+        await asyncio.gather(self._cleaner, return_exceptions=True)
+
+    async def cleanup(self) -> None:
+        """Unmount and destroy every directory that belongs to no snapshot. One that resists stays for the next time."""
+        names = await asyncio.to_thread(self._directories.names)
+        # A snapshot is made in one step of the loop, and we are between steps: what was listed has a row or is garbage.
+        known = self._store.all_ids()
+        for name in names:
+            if name.startswith(("new-", "old-")) or (name.isdecimal() and int(name) not in known):
+                try:
+                    await self._dispose(name)
+                except FileNotFoundError:
+                    log.debug("directory has gone meanwhile", name=name)
+                except (OSError, SnapshotterError) as error:
+                    log.info("directory stays for now", name=name, error=str(error))
+
+    async def _dispose(self, name: str) -> None:
+        if name.isdecimal():
+            number = int(name)
+            if "mnt" in os.listdir(self._directories.path(number)):  # a stat would reach the mount
+                async with self._lock(number):
+                    await self._images.unmount(number, self._directories.mountpoint(number))
+            name = self._directories.retire(name).name
+        failpoints.hit("cleanup.retired")
+        await asyncio.to_thread(directories.destroy, self._directories.base / name)
+
+    async def drain(self) -> None:
+        """Unmount the images; one that is in use stays."""
+        for number in self._store.images():
+            try:
+                async with self._lock(number):
+                    await self._images.unmount(number, self._directories.mountpoint(number))
+            except SnapshotterError as error:
+                log.info("image stays mounted", attach_id=number, error=str(error))
+
+    # details
+
+    async def _lower(self, number: int | None) -> tuple[list[Path], RootAttributes]:
+        """Lower directories of a child of `number`, top first, and the attributes of its root directory.
+
+        A lazy image is one directory, whatever is below it in the chain, and is mounted before this returns.
+        """
+        chain = self._store.chain(number)
+        paths: list[Path] = []
+        attributes = RootAttributes()
+        for layer in chain:
+            if layer.image is not None:
+                await self._mount(layer, layer.image)
+                paths.append(self._directories.mountpoint(layer.id))
+                break
+            if layer.is_data:
+                raise FailedPrecondition(f"layer {layer.ref} is read on demand, and the layer above is not", hint=HINT)
+            paths.append(self._directories.files(layer.id))
+            if not paths[-1].is_dir():
+                raise _lost(layer.id)
+        if chain:
+            record = chain[0].image
+            attributes = (
+                RootAttributes(record.root_mode, record.root_uid, record.root_gid)
+                if record
+                else self._directories.attributes(chain[0].id)
+            )
+        return paths, attributes
+
+    async def _mount(self, layer: Layer, record: ImageRecord) -> None:
+        async with self._lock(layer.id):
+            if not self._store.exists(layer.id):  # removed while we waited: `cleanup` has unmounted it, or will
+                raise NotFound(f"image {record.reference} was removed")
+            await self._images.mount(layer.id, record, self._directories.mountpoint(layer.id))
+
+    def _lock(self, number: int) -> asyncio.Lock:
+        return self._locks.setdefault(number, asyncio.Lock())
+
+    async def _measure(self, number: int) -> Usage:
+        try:
+            return await asyncio.to_thread(directories.measure, self._directories.files(number))
+        except FileNotFoundError:
+            raise _lost(number) from None
+
+    def _chain_id(self, parent: Row | None) -> str | None:
+        if parent is None:
+            return ""
+        return parent.ref or self._store.labels(parent.id).get(SNAPSHOT_REF)
+
+    def _check(self, plugin: str, name: str, labels: Labels) -> None:
+        """Bounds on what a client may have us keep."""
+        if not name:
+            raise InvalidArgument("a snapshot needs a key or a name")
+        most = self._limits.key_bytes
+        for what, text in (("snapshotter name", plugin), ("snapshot key or name", name)):
+            if len(text.encode()) > most:
+                raise InvalidArgument(f"{what} {text[:100]!r}… is longer than {most} bytes")
+        for key, value in labels.items():
+            if len(key.encode()) + len(value.encode()) > self._limits.label_bytes:
+                raise InvalidArgument(f"label {key[:100]!r}: key and value exceed {self._limits.label_bytes} bytes")
+
+
+def _present(labels: Labels) -> dict[str, str]:
+    return {key: value for key, value in labels.items() if value}
+
+
+def _masked(current: Labels, given: Labels, paths: Sequence[str]) -> dict[str, str]:
+    """The labels after an Update. What follows `labels.` is the key as it is, dots and all; "" deletes."""
+    changed = dict(current) if paths else dict(given)
+    for path in paths:
+        prefix, dot, key = path.partition(".")
+        if prefix != "labels":
+            raise InvalidArgument(f"field {path[:100]!r} cannot be updated")
+        if dot:
+            changed[key] = given.get(key, "")
+        else:
+            changed = dict(given)
+    return _present(changed)
+
+
+def _lost(number: int) -> IntegrityError:
+    return IntegrityError(
+        f"snapshot {number} has lost its directory; remove the image and pull it again", reason="lost"
+    )

@@ -40,20 +40,22 @@ class RangeSource(Protocol):
 class _Flight:
     """One range on its way: the chunks `first`…`last` of one blob."""
 
-    __slots__ = ("ahead", "done", "first", "last", "table", "waiters")
+    __slots__ = ("ahead", "asked", "done", "first", "last", "table", "waiters")
 
     def __init__(self, table: ChunkTable, first: int, last: int, ahead: bool) -> None:
         self.table, self.first, self.last, self.ahead = table, first, last, ahead
-        self.waiters = 0
+        self.waiters = 0  # now
+        self.asked: set[int] = set()  # chunks that somebody has waited for
         self.done: asyncio.Future[Sequence[memoryview]] = asyncio.get_running_loop().create_future()
 
 
 class _Stream:
     """A sequence of misses: which chunk is expected next, and how much to fetch then."""
 
-    __slots__ = ("end", "following", "window")
+    __slots__ = ("continued", "end", "following", "window")
 
     def __init__(self, following: int, window: int) -> None:
+        self.continued = False  # more than one read
         self.following = following  # chunk behind the last one fetched
         self.end = 0  # stored offset behind the last one fetched
         self.window = window  # stored bytes
@@ -98,6 +100,7 @@ class Fetcher:
                 found[index] = data
             else:
                 waits[index] = self._flights.get((table.node, index)) or self._start(table, index, indices[-1])
+                waits[index].asked.add(index)
         flights = set(waits.values())
         for flight in flights:
             flight.waiters += 1
@@ -144,7 +147,7 @@ class Fetcher:
         """Begin to fetch `first`, what is missing of the chunks up to `last`, and neighbours in the window."""
         stream = self._stream(table, first)
         flight = self._launch(table, first, last, stream, ahead=False)
-        if stream.window >= self._config.window:
+        if stream.continued and stream.window >= self._config.window:
             self._fetch_ahead(table, stream)
         return flight
 
@@ -155,7 +158,7 @@ class Fetcher:
         for stream in streams:
             if stream.following <= first and offset - stream.end <= _NEAR * stream.window:
                 streams.remove(stream)
-                stream.window = min(2 * stream.window, self._config.window)
+                stream.window, stream.continued = min(2 * stream.window, self._config.window), True
                 break
         else:
             stream = _Stream(first, min(FIRST_WINDOW, self._config.window))
@@ -236,7 +239,7 @@ class Fetcher:
             ]
             kept = await asyncio.get_running_loop().run_in_executor(self._executor, store)
         for chunk, piece, stored in zip(chunks, pieces, kept, strict=True):
-            if not stored:
+            if not stored and chunk.number not in flight.asked:
                 self._ahead[flight.table.node, chunk.number] = piece
         total = sum(map(len, self._ahead.values()))
         while total > _AHEAD_WINDOWS * self._config.window:

@@ -1,46 +1,40 @@
-"""The tree of a RAFS v6 bootstrap: walking it, and checking all of it before the kernel sees it.
+"""The tree of a RAFS v6 bootstrap: inodes, directories, attributes; walking it, one name after the other.
 
-Recursion and memory are bounded by limits.inodes and limits.directory_depth; every offset is checked against the file.
+Every offset is checked against the image and every size against a limit before it is used. Checking the whole tree at
+once is `rafs6_check`.
 """
 
 import stat
-import struct
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from operator import lt
+from typing import NamedTuple, Protocol, overload
 
+from snapshotter.config import Limits
 from snapshotter.errors import LimitExceeded, MalformedImage
-from snapshotter.formats.blobmeta import ChunkTable
-from snapshotter.formats.blobtable import BLOCK
-from snapshotter.formats.rafs6 import Bootstrap
+from snapshotter.formats import erofs
+from snapshotter.formats.erofs import BLOCK
 
-LAYOUT_PLAIN, LAYOUT_INLINE, LAYOUT_CHUNK = 0, 2, 4
-INODE_SIZES = (32, 64)
-COMPACT = struct.Struct("<HHHHIIIIHH4x")
-EXTENDED_INODE = struct.Struct("<HHHHQIIIIqII16x")
-DIRENT = struct.Struct("<QHBB")
-INDEX = struct.Struct("<HBBI")
-XATTR_PREFIXES = {
-    1: b"user.",
-    2: b"system.posix_acl_access",
-    3: b"system.posix_acl_default",
-    4: b"trusted.",
-    6: b"security.",
-}
-FILE_TYPES = {
-    stat.S_IFREG: 1,
-    stat.S_IFDIR: 2,
-    stat.S_IFCHR: 3,
-    stat.S_IFBLK: 4,
-    stat.S_IFIFO: 5,
-    stat.S_IFSOCK: 6,
-    stat.S_IFLNK: 7,
-}
+_GIGA = 1_000_000_000
+
+
+class Image(Protocol):
+    """What of a bootstrap its tree needs to know."""
+
+    @property
+    def data(self) -> memoryview: ...
+    @property
+    def meta_blkaddr(self) -> int: ...
+    @property
+    def root_nid(self) -> int: ...
+    @property
+    def chunk_size(self) -> int: ...
+    @property
+    def limits(self) -> Limits: ...
 
 
 class Inode(NamedTuple):
-    """One inode as stored. `at` is its byte offset, `head` the bytes of inode and xattrs."""
+    """One inode as stored. `at` is its byte offset, `head` the bytes of inode and extended attributes."""
 
     at: int
     head: int
@@ -67,259 +61,209 @@ class TreeEntry:
     size: int
     mtime_ns: int
     nlink: int
-    rdev: int = 0
+    rdev: int = 0  # as os.makedev counts
     target: bytes = b""
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     chunks: Sequence[tuple[int, int]] = ()
 
 
-def read_inode(bootstrap: Bootstrap, nid: int) -> Inode:
-    """Raises MalformedImage if any part of the inode lies outside of the bootstrap."""
-    data = bootstrap.data
-    at = bootstrap.meta_blkaddr * BLOCK + nid * 32
-    if at + 64 > len(data):
+class ChunkRefs(Sequence[tuple[int, int]]):
+    """(blob index, chunk index) pairs, decoded when asked for. A blob index of -1 is the image itself."""
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: memoryview) -> None:
+        self._raw = raw
+
+    def __len__(self) -> int:
+        return len(self._raw) // erofs.INDEX_ENTRY.size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (_reference(entry) for (entry,) in erofs.INDEX_ENTRY.iter_unpack(self._raw))
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        return _reference(erofs.INDEX_ENTRY.unpack_from(self._raw, 8 * position)[0])
+
+
+def _reference(entry: int) -> tuple[int, int]:
+    return (entry >> 16 & 0xFF) - 1, entry & 0xFFFF | entry >> 8 & 0xFF0000
+
+
+def read_inode(image: Image, nid: int) -> Inode:
+    """Raises MalformedImage if the inode or its attributes lie outside of the image, or it is of no known format."""
+    data = image.data
+    at = image.meta_blkaddr * BLOCK + nid * erofs.SLOT
+    if at + erofs.COMPACT_INODE.size > len(data):
         raise MalformedImage(f"inode {nid}: lies outside")
-    form = data[at] | data[at + 1] << 8
-    extended, layout = form & 1, form >> 1
-    if layout not in (LAYOUT_PLAIN, LAYOUT_INLINE, LAYOUT_CHUNK):
-        raise MalformedImage(f"inode {nid}: unknown format {form:#x}")
-    if extended:
-        _, icount, mode, _, size, raw, _, uid, gid, seconds, nanoseconds, nlink = EXTENDED_INODE.unpack_from(data, at)
-        if nanoseconds >= 1_000_000_000:
-            raise MalformedImage(f"inode {nid}: bad time")
-        mtime = seconds * 1_000_000_000 + nanoseconds
-    else:
-        _, icount, mode, nlink, size, _, raw, _, uid, gid = COMPACT.unpack_from(data, at)
+    extended = data[at] & 1
+    if not extended:
+        form, icount, mode, nlink, size, _, raw, _, uid, gid = erofs.COMPACT_INODE.unpack_from(data, at)
         mtime = 0
-    head = INODE_SIZES[extended] + (12 + 4 * (icount - 1) if icount else 0)
-    if at + head > len(data) or head > bootstrap.limits.xattr_bytes:
-        raise MalformedImage(f"inode {nid}: extended attributes lie outside or are too many")
+    elif at + erofs.EXTENDED_INODE.size > len(data):
+        raise MalformedImage(f"inode {nid}: lies outside")
+    else:
+        form, icount, mode, _, size, raw, _, uid, gid, seconds, nanos, nlink = erofs.EXTENDED_INODE.unpack_from(
+            data, at
+        )
+        if nanos >= _GIGA:
+            raise MalformedImage(f"inode {nid}: {nanos} nanoseconds in its time")
+        mtime = seconds * _GIGA + nanos
+    layout = form >> 1
+    if layout not in (erofs.LAYOUT_PLAIN, erofs.LAYOUT_INLINE, erofs.LAYOUT_CHUNK):
+        raise MalformedImage(f"inode {nid}: unknown format {form:#x}")
+    area = erofs.xattr_area(icount)
+    head = (erofs.EXTENDED_INODE.size if extended else erofs.COMPACT_INODE.size) + area
+    if at + head > len(data):
+        raise MalformedImage(f"inode {nid}: extended attributes lie outside")
+    if area > image.limits.xattr_bytes:
+        raise LimitExceeded(f"inode {nid}: extended attributes larger than limits.xattr_bytes")
     if size >= 1 << 63 or not nlink:
         raise MalformedImage(f"inode {nid}: bad size or link count")
     return Inode(at, head, layout, mode, nlink, size, raw, uid, gid, mtime, icount)
 
 
-def content(bootstrap: Bootstrap, nid: int, inode: Inode, limit: int) -> bytes:
-    """Bytes of a directory or symlink."""
+def content(image: Image, nid: int, inode: Inode, limit: int) -> bytes:
+    """Bytes of a directory or symlink, at most `limit`. Raises MalformedImage, LimitExceeded."""
     size = inode.size
     if size > limit:
-        raise LimitExceeded(f"inode {nid}: {size} bytes are more than {limit}")
-    data = bootstrap.data
-    if inode.layout == LAYOUT_CHUNK:
-        raise MalformedImage(f"inode {nid}: chunks in something that is no regular file")
-    tail = size % BLOCK if inode.layout == LAYOUT_INLINE else 0
+        raise LimitExceeded(f"inode {nid}: its {size} bytes are more than {limit}")
+    if inode.layout == erofs.LAYOUT_CHUNK:
+        raise MalformedImage(f"inode {nid}: has chunks but is no regular file")
+    tail = size % BLOCK if inode.layout == erofs.LAYOUT_INLINE else 0
     full = size - tail
+    data = image.data
     start, inline = inode.raw * BLOCK, inode.at + inode.head
     if full and start + full > len(data):
         raise MalformedImage(f"inode {nid}: data lies outside")
     if tail and (inline % BLOCK + tail > BLOCK or inline + tail > len(data)):
         raise MalformedImage(f"inode {nid}: inline data crosses a block")
-    return bytes(data[start : start + full]) + bytes(data[inline : inline + tail])
+    if not full:
+        return bytes(data[inline : inline + tail])
+    return b"".join((data[start : start + full], data[inline : inline + tail]))
 
 
-def dirents(block_data: bytes, nid: int) -> Iterator[tuple[bytes, int, int]]:
-    """(name, nid, file type) in stored order. Raises MalformedImage for names out of order, empty, with / or NUL."""
+def dirents(raw: bytes, nid: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, nid, file type) of a directory's content, in stored order, `.` and `..` included.
+
+    Raises MalformedImage unless names ascend strictly by bytes, have 1 to 255 bytes, and hold neither `/` nor NUL.
+    """
     last = b""
-    for start in range(0, len(block_data), BLOCK):
-        block = block_data[start : start + BLOCK]
-        if len(block) < DIRENT.size:
-            raise MalformedImage(f"directory {nid}: part of an entry")
-        first = block[8] | block[9] << 8
-        if first % DIRENT.size or not DIRENT.size <= first <= len(block):
-            raise MalformedImage(f"directory {nid}: bad name offset")
-        entries = list(DIRENT.iter_unpack(block[:first]))
-        for index, (child, offset, kind, _) in enumerate(entries):
-            end = entries[index + 1][1] if index + 1 < len(entries) else len(block)
-            if not first <= offset < end <= len(block):
-                raise MalformedImage(f"directory {nid}: names overlap")
-            name = block[offset:end]
-            if index + 1 == len(entries):
-                name = name.rstrip(b"\0")
-            if not name or len(name) > 255 or b"/" in name or b"\0" in name or name <= last:
-                raise MalformedImage(f"directory {nid}: bad or unsorted name {name[:40]!r}")
-            last = name
-            yield name, child, kind
+    for start in range(0, len(raw), BLOCK):
+        block = raw[start : start + BLOCK]
+        first = int.from_bytes(block[8:10], "little")
+        if not erofs.DIRENT.size <= first < len(block) or first % erofs.DIRENT.size:
+            raise MalformedImage(f"directory {nid}: bad offset of names")
+        nids, offsets, kinds, _ = zip(*erofs.DIRENT.iter_unpack(block[:first]), strict=True)
+        text = block.rstrip(b"\0")
+        # Each name ends where the next begins: offsets that go back or too far make some name empty.
+        names = [text[at:end] for at, end in zip(offsets, (*offsets[1:], len(text)), strict=True)]
+        if not all(names) or max(map(len, names)) > erofs.MAX_NAME:
+            raise MalformedImage(f"directory {nid}: a name is empty or too long")
+        if b"/" in text[first:] or b"\0" in text[first:]:
+            raise MalformedImage(f"directory {nid}: a name holds / or NUL")
+        if names[0] <= last or not all(map(lt, names, names[1:])):
+            raise MalformedImage(f"directory {nid}: names do not ascend")
+        last = names[-1]
+        yield from zip(names, nids, kinds, strict=True)
 
 
-def xattrs(bootstrap: Bootstrap, nid: int, inode: Inode) -> dict[bytes, bytes]:
+def xattrs(image: Image, nid: int, inode: Inode) -> dict[bytes, bytes]:
     """Full names and values. Raises MalformedImage."""
     if not inode.xattr_count:
         return {}
-    start = inode.at + inode.head - (12 + 4 * (inode.xattr_count - 1))
-    raw = bytes(bootstrap.data[start : inode.at + inode.head])
+    end = inode.at + inode.head
+    raw = bytes(image.data[end - erofs.xattr_area(inode.xattr_count) : end])
     if raw[4]:
-        raise MalformedImage(f"inode {nid}: shared extended attributes")
+        raise MalformedImage(f"inode {nid}: has shared extended attributes")
     found: dict[bytes, bytes] = {}
-    at = 12
-    while at + 4 <= len(raw):
-        name_len, prefix, value_size = raw[at], raw[at + 1], raw[at + 2] | raw[at + 3] << 8
-        end = at + 4 + name_len + value_size
-        if end > len(raw) or prefix not in XATTR_PREFIXES or (prefix in (2, 3)) != (not name_len):
+    at = erofs.XATTR_HEADER
+    while at < len(raw):  # both are multiples of 4
+        name_size, prefix, value_size = erofs.XATTR_ENTRY.unpack_from(raw, at)
+        middle = at + 4 + name_size
+        after = middle + value_size
+        if prefix not in erofs.XATTR_PREFIXES or (prefix in erofs.XATTR_ACLS) != (not name_size) or after > len(raw):
             raise MalformedImage(f"inode {nid}: bad extended attribute")
-        name = XATTR_PREFIXES[prefix] + raw[at + 4 : at + 4 + name_len]
+        name = erofs.XATTR_PREFIXES[prefix] + raw[at + 4 : middle]
         if name in found or b"\0" in name:
-            raise MalformedImage(f"inode {nid}: bad or repeated extended attribute name")
-        found[name] = raw[at + 4 + name_len : end]
-        at = (end + 3) & ~3
+            raise MalformedImage(f"inode {nid}: an extended attribute comes twice or has a NUL in its name")
+        found[name] = raw[middle:after]
+        at = erofs.align(after, 4)
     return found
 
 
-def chunk_array(bootstrap: Bootstrap, nid: int, inode: Inode) -> memoryview:
-    """The 8-byte index entries of a regular file, one per chunk_size piece."""
-    if inode.layout != LAYOUT_CHUNK:
+def index_of(image: Image, nid: int, inode: Inode) -> memoryview:
+    """The 8-byte index entries of a regular file, one per chunk_size piece. Raises MalformedImage."""
+    if inode.layout != erofs.LAYOUT_CHUNK:
         if inode.size:
             raise MalformedImage(f"inode {nid}: regular file without chunks")
-        return bootstrap.data[:0]
-    count = -(-inode.size // bootstrap.chunk_size)
-    start = (inode.at + inode.head + 7) & ~7
-    if start + 8 * count > len(bootstrap.data):
+        return image.data[:0]
+    size = -(-inode.size // image.chunk_size) * erofs.INDEX_ENTRY.size
+    start = erofs.align(inode.at + inode.head, 8)
+    if size and start + size > len(image.data):
         raise MalformedImage(f"inode {nid}: chunk index lies outside")
-    if inode.raw >> 16 or inode.raw & 0xFFC0 or (inode.size and not inode.raw & 0x20):
+    if inode.raw & ~0x3F or (size and not inode.raw & erofs.CHUNK_INDEXES):
         raise MalformedImage(f"inode {nid}: bad chunk format {inode.raw:#x}")
-    return bootstrap.data[start : start + 8 * count]
+    return image.data[start : start + size]
 
 
-def walk(bootstrap: Bootstrap) -> Iterator[TreeEntry]:
-    """Every name, parents first, siblings in byte order. Raises MalformedImage and LimitExceeded as it goes."""
-    yield _entry(bootstrap, b"/", bootstrap.root_nid)
-    pending = [(b"", bootstrap.root_nid)]
-    visited: set[int] = set()
-    names = 0
-    while pending:
-        path, nid = pending.pop()
+def walk(image: Image) -> Iterator[TreeEntry]:
+    """Every name, parents before children, siblings by bytes. Raises MalformedImage and LimitExceeded on the way."""
+    root = read_inode(image, image.root_nid)
+    yield _entry(image, b"/", image.root_nid, root)
+    visited = {image.root_nid}
+    todo = [_directory(image, b"", image.root_nid, root)]
+    names, room = 0, len(image.data) - root.size
+    while todo:
+        found = next(todo[-1], None)
+        if found is None:
+            todo.pop()
+            continue
+        names += 1
+        if names > image.limits.inodes:
+            raise LimitExceeded("bootstrap: more names than limits.inodes")
+        path, nid = found
+        inode = read_inode(image, nid)
+        yield _entry(image, path, nid, inode)
+        if not stat.S_ISDIR(inode.mode):
+            continue
         if nid in visited:
-            raise MalformedImage(f"directory {nid}: has two names")
+            raise MalformedImage(f"directory {nid}: has two names or contains itself")
+        if len(todo) > image.limits.directory_depth:
+            raise LimitExceeded("bootstrap: deeper than limits.directory_depth")
+        room -= inode.size
+        if room < 0:
+            raise MalformedImage("bootstrap: directories overlap")
         visited.add(nid)
-        inode = read_inode(bootstrap, nid)
-        below = []
-        for name, child, _ in dirents(content(bootstrap, nid, inode, bootstrap.limits.directory_bytes), nid):
-            if name in (b".", b".."):
-                continue
-            names += 1
-            if names > bootstrap.limits.inodes:
-                raise LimitExceeded("bootstrap: more names than limits.inodes")
-            entry = _entry(bootstrap, path + b"/" + name, child)
-            yield entry
-            if stat.S_ISDIR(entry.mode):
-                below.append((entry.path, child))
-        pending.extend(reversed(below))
+        todo.append(_directory(image, path, nid, inode))
 
 
-def _entry(bootstrap: Bootstrap, path: bytes, nid: int) -> TreeEntry:
-    inode = read_inode(bootstrap, nid)
+def _directory(image: Image, path: bytes, nid: int, inode: Inode) -> Iterator[tuple[bytes, int]]:
+    """(path, nid) of what is in a directory."""
+    if not stat.S_ISDIR(inode.mode):
+        raise MalformedImage(f"directory {nid}: is none")
+    for name, child, _ in dirents(content(image, nid, inode, image.limits.directory_bytes), nid):
+        if name not in (b".", b".."):
+            yield path + b"/" + name, child
+
+
+def _entry(image: Image, path: bytes, nid: int, inode: Inode) -> TreeEntry:
     kind = stat.S_IFMT(inode.mode)
-    size, rdev, target = inode.size, 0, b""
+    rdev, target = 0, b""
     chunks: Sequence[tuple[int, int]] = ()
     if kind == stat.S_IFREG:
-        array = chunk_array(bootstrap, nid, inode)
-        chunks = [(device - 1, low | high << 16) for low, device, high, _ in INDEX.iter_unpack(array)]
+        chunks = ChunkRefs(index_of(image, nid, inode))
     elif kind == stat.S_IFLNK:
-        target = content(bootstrap, nid, inode, bootstrap.limits.symlink_bytes)
+        target = content(image, nid, inode, image.limits.symlink_bytes)
     elif kind in (stat.S_IFCHR, stat.S_IFBLK):
-        rdev = _decode_device(inode.raw)
+        rdev = inode.raw  # Linux new_encode_dev is os.makedev where 32 bits suffice
     return TreeEntry(
-        path,
-        nid,
-        inode.mode,
-        inode.uid,
-        inode.gid,
-        size,
-        inode.mtime_ns,
-        inode.nlink,
-        rdev,
-        target,
-        xattrs(bootstrap, nid, inode),
-        chunks,
-    )
-
-
-def _decode_device(raw: int) -> int:
-    """Linux new_decode_dev, as os.makedev counts."""
-    major, minor = raw >> 8 & 0xFFF, raw & 0xFF | raw >> 12 & 0xFFF00
-    return (major & 0xFFF) << 8 | minor & 0xFF | (minor & ~0xFF) << 12
-
-
-def validate(bootstrap: Bootstrap, tables: Sequence[ChunkTable]) -> None:
-    """Check the whole tree: structure, limits, and that every index entry is the chunk it names."""
-    starts = [array("I", (info.uncompressed_offset // BLOCK for info in table)) for table in tables]
-    sizes = [array("I", (info.uncompressed_size for info in table)) for table in tables]
-    limits = bootstrap.limits
-    files: set[int] = set()
-    directories: set[int] = set()
-    pending = [(bootstrap.root_nid, bootstrap.root_nid, 0)]
-    names = 0
-    while pending:
-        nid, parent, depth = pending.pop()
-        if nid in directories:
-            raise MalformedImage(f"directory {nid}: has two names or contains itself")
-        if depth > limits.directory_depth:
-            raise LimitExceeded("bootstrap: deeper than limits.directory_depth")
-        directories.add(nid)
-        inode = read_inode(bootstrap, nid)
-        if not stat.S_ISDIR(inode.mode):
-            raise MalformedImage(f"directory {nid}: is no directory")
-        xattrs(bootstrap, nid, inode)
-        dots = {}
-        for name, child, kind in dirents(content(bootstrap, nid, inode, limits.directory_bytes), nid):
-            if name in (b".", b".."):
-                dots[name] = child
-                continue
-            names += 1
-            if names > limits.inodes:
-                raise LimitExceeded("bootstrap: more names than limits.inodes")
-            if kind == 2:
-                pending.append((child, nid, depth + 1))
-                continue
-            if child not in files:
-                _check_file(bootstrap, child, kind, starts, sizes)
-                files.add(child)
-        if dots != {b".": nid, b"..": parent}:
-            raise MalformedImage(f"directory {nid}: . and .. do not point to itself and its parent")
-    if directories & files:
-        raise MalformedImage("bootstrap: an inode is a directory and a file")
-
-
-def _check_file(
-    bootstrap: Bootstrap, nid: int, kind: int, starts: "Sequence[array[int]]", sizes: "Sequence[array[int]]"
-) -> None:
-    inode = read_inode(bootstrap, nid)
-    if FILE_TYPES.get(stat.S_IFMT(inode.mode)) != kind:
-        raise MalformedImage(f"inode {nid}: directory entry has type {kind}, inode mode {inode.mode:#o}")
-    if inode.xattr_count:
-        xattrs(bootstrap, nid, inode)
-    if kind == 7:
-        target = content(bootstrap, nid, inode, bootstrap.limits.symlink_bytes)
-        if not target or b"\0" in target:
-            raise MalformedImage(f"inode {nid}: bad symlink")
-    elif kind == 1:
-        _check_chunks(bootstrap, nid, inode, starts, sizes)
-
-
-def _check_chunks(
-    bootstrap: Bootstrap, nid: int, inode: Inode, starts: "Sequence[array[int]]", sizes: "Sequence[array[int]]"
-) -> None:
-    """What the kernel will read (device, block) and what the index says (blob, chunk) must be the same bytes."""
-    chunk_size, size = bootstrap.chunk_size, inode.size
-    array = chunk_array(bootstrap, nid, inode)
-    left = size
-    blocks = []
-    for low, device, high, block in INDEX.iter_unpack(array):
-        chunk = low | high << 16
-        wanted = min(left, chunk_size)
-        if not 0 < device <= len(starts) or chunk >= len(starts[device - 1]):
-            raise MalformedImage(f"inode {nid}: names chunk {chunk} of blob {device - 1}, which does not exist")
-        if starts[device - 1][chunk] != block or sizes[device - 1][chunk] != wanted:
-            raise MalformedImage(f"inode {nid}: block {block} is not where chunk {chunk} of blob {device - 1} lies")
-        left -= wanted
-        blocks.append((device, block))
-    if not blocks:
-        return
-    effective = BLOCK << (inode.raw & 0x1F)
-    if effective > chunk_size:
-        # The kernel reads by the first entry alone: all chunks must follow each other on one device.
-        step = chunk_size // BLOCK
-        device, first = blocks[0]
-        if effective < size or any(entry != (device, first + step * i) for i, entry in enumerate(blocks)):
-            raise MalformedImage(f"inode {nid}: claims chunks that follow each other, but they do not")
-    elif effective != chunk_size:
-        raise MalformedImage(f"inode {nid}: chunk format says {effective} bytes")
+        path, nid, inode.mode, inode.uid, inode.gid, inode.size, inode.mtime_ns, inode.nlink,
+        rdev, target, xattrs(image, nid, inode), chunks,
+    )  # fmt: skip

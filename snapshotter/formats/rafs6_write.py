@@ -2,32 +2,30 @@
 
 Deterministic: equal input gives equal bytes. Inodes are extended and keep nanosecond mtimes (Python recompiles every
 module when they are lost). What it writes is read by the kernel (≥ 5.16) and, for plain images, by stock Nydus tools.
+
+    superblocks, device slots | blob table | prefetch table | an empty block | inodes | data blocks | chunk table
+
+The empty block keeps the root from getting inode number 0, which readdir hides.
 """
 
 import stat
+import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from snapshotter.errors import InvalidArgument
-from snapshotter.formats import rafs6
-from snapshotter.formats.blobmeta import ChunkTable
-from snapshotter.formats.blobtable import BLOCK, ENTRY_SIZE, BlobEntry
-from snapshotter.formats.rafs6_tree import (
-    DIRENT,
-    EXTENDED_INODE,
-    FILE_TYPES,
-    INDEX,
-    LAYOUT_CHUNK,
-    LAYOUT_INLINE,
-    LAYOUT_PLAIN,
-    XATTR_PREFIXES,
-)
+from snapshotter.formats import erofs, rafs6
+from snapshotter.formats.blobmeta import FLAG_COMPRESSED, FLAG_ENCRYPTED, ChunkTable
+from snapshotter.formats.blobtable import ENTRY_SIZE, BlobEntry
+from snapshotter.formats.erofs import BLOCK, align
+from snapshotter.formats.rafs6_check import index_entries
 
-INODE_SIZE = 64
-ROOT_NID = BLOCK // 32  # so that no inode has number 0, which readdir would hide
-_UNIADDR_ALIGNMENT = 0x80000
-_PREFIXES = {name: index for index, name in XATTR_PREFIXES.items()}
+_INODE = erofs.EXTENDED_INODE.size
+_ROOT_NID = BLOCK // erofs.SLOT
+_UNIFIED_ALIGNMENT = 512 << 10  # of device addresses in the flattened image
+_GIGA = 1_000_000_000
+_DOTS = (b".", b"..")
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +33,7 @@ class Node:
     """A file system object. The same node under several names is a hard link.
 
     `chunks`: for each chunk_size piece of a regular file, blob index << 32 | chunk index. `xattrs`: full names.
+    `rdev` as os.makedev counts. `children` is None for everything but directories.
     """
 
     mode: int
@@ -61,306 +60,287 @@ class BlobTable:
 def write_bootstrap(
     root: Node, blobs: Sequence[BlobTable], *, chunk_size: int, flags: int, prefetch: Sequence[Node] = ()
 ) -> bytes:
-    """Raises InvalidArgument for what the format cannot hold (names, attributes, sizes)."""
-    devices_end = rafs6.DEVICES_OFFSET + rafs6.SLOT_SIZE * len(blobs)
-    blob_table = _align(devices_end, BLOCK)
+    """The bootstrap, a multiple of 4096 bytes. `flags`: of the extended superblock; HAS_XATTR is added where needed.
+
+    Blobs that no chunk refers to are written too. Raises InvalidArgument for what the format cannot hold.
+    """
+    _check_blobs(blobs)
+    blob_table = align(rafs6.DEVICES_OFFSET + erofs.DEVICE_SLOT.size * len(blobs), BLOCK)
     prefetch_table = blob_table + ENTRY_SIZE * len(blobs)
-    meta = _align(prefetch_table + 4 * len(prefetch), BLOCK)
+    meta = align(prefetch_table + 4 * len(prefetch), BLOCK)
     layout = _Layout(root, meta)
-    out = bytearray(layout.end)
-    for placed in layout.placed.values():
-        _write_inode(out, placed, layout, blobs, chunk_size)
-    chunk_table = _align(len(out), BLOCK)
+    chunk_table = layout.end
     records = _chunk_records(blobs)
-    out += bytes(chunk_table - len(out)) + records
-    out += bytes(-len(out) % BLOCK)
-    has_xattrs = any(placed.xattrs for placed in layout.placed.values())
-    flags |= rafs6.FLAG_HAS_XATTR if has_xattrs else 0
-    device_blocks = sum(blob.entry.uncompressed_size for blob in blobs) // BLOCK
-    rafs6.SUPERBLOCK.pack_into(
-        out,
-        rafs6.SUPERBLOCK_OFFSET,
-        rafs6.EROFS_MAGIC,
-        0,
-        rafs6.COMPAT_RAFS6,
-        12,
-        0,
-        ROOT_NID,
-        layout.names,
-        0,
-        0,
-        device_blocks & 0xFFFFFFFF,
-        meta // BLOCK,
-        0,
-        bytes(16),
-        bytes(16),
-        rafs6.INCOMPAT,
-        0,
-        len(blobs),
-        rafs6.DEVICE_SLOT_OFFSET,
-    )
-    rafs6.EXTENDED.pack_into(
-        out,
-        rafs6.EXTENDED_OFFSET,
-        flags,
-        blob_table if blobs else 0,
-        ENTRY_SIZE * len(blobs),
-        chunk_size,
-        chunk_table if records else 0,
-        len(records),
-        prefetch_table if prefetch else 0,
-        4 * len(prefetch),
-        0,
-    )
+    out = bytearray(align(chunk_table + len(records), BLOCK))
+    out[chunk_table : chunk_table + len(records)] = records
+    entries = [index_entries(index, blob.chunks) for index, blob in enumerate(blobs)]
+    for number in range(len(layout.nodes)):
+        _write_inode(out, number, layout, entries, chunk_size)
     _write_devices(out, blobs, blob_table)
-    for index, node in enumerate(prefetch):
-        nid = layout.placed[id(node)].nid
-        out[prefetch_table + 4 * index : prefetch_table + 4 * index + 4] = nid.to_bytes(4, "little")
+    try:
+        nids = [layout.nid(layout.numbers[id(node)]) for node in prefetch]
+    except KeyError:
+        raise InvalidArgument("a file to prefetch is not in the tree") from None
+    struct.pack_into(f"<{len(nids)}I", out, prefetch_table, *nids)
+    erofs.SUPERBLOCK.pack_into(
+        out, erofs.SUPERBLOCK_OFFSET,
+        erofs.MAGIC, 0, rafs6.COMPAT_RAFS6, erofs.BLOCK_BITS, 0, _ROOT_NID, len(layout.nodes), 0, 0,
+        sum(blob.entry.uncompressed_size for blob in blobs) // BLOCK, meta // BLOCK, 0, bytes(16), bytes(16),
+        rafs6.INCOMPAT, 0, len(blobs), rafs6.DEVICE_SLOT_OFFSET,
+    )  # fmt: skip
+    if any(node.xattrs for node in layout.nodes):
+        flags |= rafs6.FLAG_HAS_XATTR
+    rafs6.EXTENDED.pack_into(
+        out, rafs6.EXTENDED_OFFSET,
+        flags, blob_table if blobs else 0, ENTRY_SIZE * len(blobs), chunk_size,
+        chunk_table if records else 0, len(records), prefetch_table if nids else 0, 4 * len(nids), 0, b"",
+    )  # fmt: skip
     return bytes(out)
 
 
-def _align(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
+def _check_blobs(blobs: Sequence[BlobTable]) -> None:
+    if len(blobs) > rafs6.MAX_BLOBS:
+        raise InvalidArgument(f"{len(blobs)} blobs; a bootstrap has room for {rafs6.MAX_BLOBS}")
+    for index, blob in enumerate(blobs):
+        count = len(blob.chunks)
+        # Stock readers refuse a device without blocks.
+        if not count or count != blob.entry.chunk_count or len(blob.digests) != 32 * count:
+            raise InvalidArgument(f"blob {index}: no chunks, or tables of different lengths")
+        if blob.entry.blob_index != index:
+            raise InvalidArgument(f"blob {index}: says that it is blob {blob.entry.blob_index}")
 
 
 def _write_devices(out: bytearray, blobs: Sequence[BlobTable], blob_table: int) -> None:
     position = len(out)
     for index, blob in enumerate(blobs):
-        position = _align(position, _UNIADDR_ALIGNMENT)
+        position = align(position, _UNIFIED_ALIGNMENT)
         blocks = blob.entry.uncompressed_size // BLOCK
-        at = rafs6.DEVICES_OFFSET + rafs6.SLOT_SIZE * index
-        rafs6.SLOT.pack_into(out, at, blob.entry.blob_id.encode(), blocks, position // BLOCK & 0xFFFFFFFF)
-        position += blocks * BLOCK
+        if position // BLOCK + blocks >= 1 << 32:
+            raise InvalidArgument("all blobs together have more than 16 TiB of content")
+        at = rafs6.DEVICES_OFFSET + erofs.DEVICE_SLOT.size * index
+        erofs.DEVICE_SLOT.pack_into(out, at, blob.entry.blob_id.encode(), blocks, position // BLOCK)
         at = blob_table + ENTRY_SIZE * index
         out[at : at + ENTRY_SIZE] = blob.entry.pack()
+        position += blocks * BLOCK
 
 
 def _chunk_records(blobs: Sequence[BlobTable]) -> bytes:
     """All chunks, sorted by digest, then blob. `file_offset` is 0: a chunk may stand in several files."""
-    keyed: list[tuple[bytes, int, int]] = []
+    records = []
     for number, blob in enumerate(blobs):
-        keyed += [(blob.digests[32 * i : 32 * i + 32], number, i) for i in range(len(blob.chunks))]
-    keyed.sort()
-    out = bytearray()
-    for digest, number, index in keyed:
-        info = blobs[number].chunks[index]
-        flags = info.flags & 1 | (4 if info.flags & 8 else 0)
-        out += rafs6.RECORD.pack(
-            digest,
-            number,
-            flags,
-            info.compressed_size,
-            info.uncompressed_size,
-            info.compressed_offset,
-            info.uncompressed_offset,
-            0,
-            index,
-            0,
-        )
-    return bytes(out)
-
-
-@dataclass(slots=True)
-class _Placed:
-    """Where an inode lies. `blocks`: byte offset of its full data blocks, `inline`: how many bytes follow it."""
-
-    node: Node
-    at: int
-    nid: int
-    number: int
-    xattrs: bytes
-    parent: int = 0
-    nlink: int = 1
-    size: int = 0
-    blocks: int = 0
-    inline: int = 0
+        for index, info in enumerate(blob.chunks):
+            flags = rafs6.RECORD_COMPRESSED if info.flags & FLAG_COMPRESSED else 0
+            flags |= rafs6.RECORD_ENCRYPTED if info.flags & FLAG_ENCRYPTED else 0
+            record = rafs6.RECORD.pack(
+                blob.digests[32 * index : 32 * index + 32], number, flags,
+                info.compressed_size, info.uncompressed_size, info.compressed_offset, info.uncompressed_offset,
+                0, index, 0,
+            )  # fmt: skip
+            records.append(record)
+    records.sort()  # a record begins with its digest and the one byte that a blob number needs
+    return b"".join(records)
 
 
 class _Layout:
-    """Gives every node its place: inodes first, in walk order, then the data blocks of large directories."""
+    """Gives every node its place. Nodes are numbered as placed: a directory, its files, then each sub-directory."""
 
     def __init__(self, root: Node, meta: int) -> None:
         self.meta = meta
-        self.placed: dict[int, _Placed] = {}
-        self.names = 0
-        self._cursor = meta + BLOCK
-        self._place_directory(root)
-        blocks = _align(self._cursor, BLOCK)
-        for placed in self.placed.values():
-            full = placed.size - placed.inline
-            if full and not stat.S_ISREG(placed.node.mode):
-                placed.blocks = blocks
-                blocks = _align(blocks + full, BLOCK)
-        self.end = blocks
+        self.nodes: list[Node] = []
+        self.numbers: dict[int, int] = {}  # by id of the node
+        self.parents = array("I")  # number of a directory's parent
+        self.links = array("I")
+        self.sizes = array("Q")  # i_size
+        self.places = array("Q")  # of the inode, bytes
+        self.blocks = array("Q")  # of data that does not follow the inode, bytes
+        self._cursor = meta + _ROOT_NID * erofs.SLOT
+        self._place_tree(root)
+        self.end = self._place_blocks()
 
-    def _place_directory(self, root: Node) -> None:
-        pending = [(root, root)]
-        while pending:
-            node, parent = pending.pop()
-            children = _children(node)
-            placed = self._place(node, _directory_size(children))
-            placed.parent = id(parent)
+    def nid(self, number: int) -> int:
+        return (self.places[number] - self.meta) // erofs.SLOT
+
+    def inline_size(self, number: int) -> int:
+        """Bytes of content right behind the inode. The kernel wants them in one block."""
+        node = self.nodes[number]
+        if not (stat.S_ISDIR(node.mode) or stat.S_ISLNK(node.mode)):
+            return 0
+        tail = self.sizes[number] % BLOCK
+        return tail if _INODE + _xattr_size(node.xattrs) + tail <= BLOCK else 0
+
+    def _place_tree(self, root: Node) -> None:
+        todo = [(root, 0)]
+        while todo:
+            node, parent = todo.pop()
+            if node.children is None or not stat.S_ISDIR(node.mode):
+                raise InvalidArgument("a directory without children, or children of something else")
+            names = sorted((*node.children, *_DOTS))
+            _check_names(node.children)
+            number = self._place(node, parent, _names_size(names))
             directories = []
-            for _, child in sorted(children.items()):
+            for name in names:
+                child = node.children.get(name)
+                if child is None:
+                    continue
                 if stat.S_ISDIR(child.mode):
-                    directories.append(child)
-                    placed.nlink += 1
-                elif id(child) in self.placed:
-                    self.placed[id(child)].nlink += 1
-                    self.names += 1
+                    directories.append((child, number))
+                elif id(child) in self.numbers:
+                    self.links[self.numbers[id(child)]] += 1
                 else:
-                    self._place(child, _content_size(child))
-            placed.nlink += 1
-            pending += [(child, node) for child in reversed(directories)]
+                    self._place(child, 0, _file_size(child))
+            self.links[number] = 2 + len(directories)
+            todo += reversed(directories)
 
-    def _place(self, node: Node, size: int) -> _Placed:
-        if id(node) in self.placed:
+    def _place(self, node: Node, parent: int, size: int) -> int:
+        number = len(self.nodes)
+        if stat.S_IFMT(node.mode) not in erofs.FILE_TYPES or not 0 <= size < 1 << 63:
+            raise InvalidArgument(f"a file of mode {node.mode:#o} and size {size} cannot be stored")
+        if self.numbers.setdefault(id(node), number) != number:
             raise InvalidArgument("a directory has two names")
-        self.names += 1
-        xattrs = _pack_xattrs(node.xattrs)
-        head = INODE_SIZE + len(xattrs)
-        inline = size % BLOCK if not stat.S_ISREG(node.mode) else 0
-        at = _align(self._cursor, 32)
-        if inline and head + inline > BLOCK:
-            inline = 0
-        elif inline and (at + head) % BLOCK + inline > BLOCK:
-            # The inline part may not cross a block: begin where it ends up at the start of the next one.
-            at = _align(_align(at + head, BLOCK) - head, 32)
-            if (at + head) % BLOCK + inline > BLOCK:
-                at = _align(at + head, BLOCK)
-        end = at + head + inline
+        self.nodes.append(node)
+        self.parents.append(parent)
+        self.links.append(1)
+        self.sizes.append(size)
+        self.blocks.append(0)
+        head = _INODE + _xattr_size(node.xattrs)
+        inline = self.inline_size(number)
+        at = align(self._cursor, erofs.SLOT)
+        # An inode, and what is read together with it, stays in one block: old kernels insist.
+        if at % BLOCK + (head + inline if inline else _INODE) > BLOCK:
+            at = align(at, BLOCK)
+        self.places.append(at)
+        self._cursor = at + head + inline
         if stat.S_ISREG(node.mode):
-            end = _align(at + head, 8) + 8 * len(node.chunks)
-        self._cursor = end
-        placed = _Placed(node, at, (at - self.meta) // 32, len(self.placed) + 1, xattrs, size=size, inline=inline)
-        self.placed[id(node)] = placed
-        return placed
+            self._cursor = align(at + head, erofs.INDEX_ENTRY.size) + erofs.INDEX_ENTRY.size * len(node.chunks)
+        return number
+
+    def _place_blocks(self) -> int:
+        """Data blocks of directories and symlinks, behind all inodes; returns their end."""
+        end = align(self._cursor, BLOCK)
+        for number, node in enumerate(self.nodes):
+            if (stat.S_ISDIR(node.mode) or stat.S_ISLNK(node.mode)) and (
+                full := self.sizes[number] - self.inline_size(number)
+            ):
+                self.blocks[number] = end
+                end = align(end + full, BLOCK)
+        return end
 
 
-def _children(node: Node) -> Mapping[bytes, Node]:
-    for name in node.children or ():
-        if not name or len(name) > 255 or b"/" in name or b"\0" in name or name in (b".", b".."):
+def _check_names(names: Iterable[bytes]) -> None:
+    for name in names:
+        if not 0 < len(name) <= erofs.MAX_NAME or b"/" in name or b"\0" in name or name in _DOTS:
             raise InvalidArgument(f"file name {name[:40]!r} cannot be stored")
-    return node.children or {}
 
 
-def _content_size(node: Node) -> int:
+def _file_size(node: Node) -> int:
+    if node.children is not None:
+        raise InvalidArgument("children of something that is no directory")
     if stat.S_ISLNK(node.mode):
+        if not node.target or b"\0" in node.target:
+            raise InvalidArgument("a symlink without target or with NUL in it")
         return len(node.target)
     return node.size if stat.S_ISREG(node.mode) else 0
 
 
-def _blocks_of_names(names: Sequence[bytes]) -> Iterator[list[bytes]]:
-    """Sorted names, packed greedily into blocks; an entry never straddles two."""
-    block: list[bytes] = []
-    used = 0
-    for name in names:
-        need = DIRENT.size + len(name)
+def _blocks_of_names(names: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    """Sorted names by directory block; an entry never straddles two."""
+    start = used = 0
+    for index, name in enumerate(names):
+        need = erofs.DIRENT.size + len(name)
         if used + need > BLOCK:
-            yield block
-            block, used = [], 0
-        block.append(name)
+            yield names[start:index]
+            start, used = index, 0
         used += need
-    yield block
+    yield names[start:]
 
 
-def _directory_size(children: Mapping[bytes, Node]) -> int:
+def _names_size(names: Sequence[bytes]) -> int:
     size = 0
-    for block in _blocks_of_names(sorted([*children, b".", b".."])):
-        size = _align(size, BLOCK) + sum(DIRENT.size + len(name) for name in block)
+    for block in _blocks_of_names(names):
+        size = align(size, BLOCK) + erofs.DIRENT.size * len(block) + sum(map(len, block))
     return size
 
 
-def _directory_data(placed: _Placed, layout: _Layout) -> bytes:
-    children = placed.node.children or {}
-    targets = {b".": placed, b"..": layout.placed[placed.parent]}
+def _directory(layout: _Layout, number: int) -> bytes:
+    children = layout.nodes[number].children
+    assert children is not None
     out = bytearray()
-    for block in _blocks_of_names(sorted([*children, b".", b".."])):
+    for block in _blocks_of_names(sorted((*children, *_DOTS))):
         out += bytes(-len(out) % BLOCK)
-        offset = DIRENT.size * len(block)
+        offset = erofs.DIRENT.size * len(block)
         for name in block:
-            target = targets.get(name) or layout.placed[id(children[name])]
-            out += DIRENT.pack(target.nid, offset, FILE_TYPES[stat.S_IFMT(target.node.mode)], 0)
+            child = children.get(name)
+            if child is None:
+                kind, target = erofs.TYPE_DIRECTORY, number if name == b"." else layout.parents[number]
+            else:
+                kind, target = erofs.FILE_TYPES[stat.S_IFMT(child.mode)], layout.numbers[id(child)]
+            out += erofs.DIRENT.pack(layout.nid(target), offset, kind, 0)
             offset += len(name)
         out += b"".join(block)
     return bytes(out)
 
 
+def _xattr_size(xattrs: Mapping[bytes, bytes]) -> int:
+    if not xattrs:
+        return 0
+    entries = ((erofs.split_xattr(name)[1], value) for name, value in xattrs.items())
+    return erofs.XATTR_HEADER + sum(
+        align(erofs.XATTR_ENTRY.size + len(rest) + len(value), 4) for rest, value in entries
+    )
+
+
 def _pack_xattrs(xattrs: Mapping[bytes, bytes]) -> bytes:
     if not xattrs:
         return b""
-    out = bytearray(12)
+    out = bytearray(erofs.XATTR_HEADER)
     for name, value in sorted(xattrs.items()):
-        index, rest = _xattr_name(name)
-        if len(rest) > 255 or len(value) > 65535:
-            raise InvalidArgument(f"extended attribute {name[:60]!r} cannot be stored")
-        out += bytes((len(rest), index)) + len(value).to_bytes(2, "little") + rest + value
+        index, rest = erofs.split_xattr(name)
+        out += erofs.XATTR_ENTRY.pack(len(rest), index, len(value)) + rest + value
         out += bytes(-len(out) % 4)
     return bytes(out)
 
 
-def _xattr_name(name: bytes) -> tuple[int, bytes]:
-    if name in _PREFIXES and not name.endswith(b"."):
-        return _PREFIXES[name], b""
-    prefix, dot, rest = name.partition(b".")
-    if not rest or prefix + dot not in _PREFIXES:
-        raise InvalidArgument(f"extended attribute {name[:60]!r} has no prefix that EROFS knows")
-    return _PREFIXES[prefix + dot], rest
-
-
-def _write_inode(out: bytearray, placed: _Placed, layout: _Layout, blobs: Sequence[BlobTable], chunk_size: int) -> None:
-    node, at = placed.node, placed.at
-    form, raw, data = LAYOUT_PLAIN, 0, b""
+def _write_inode(
+    out: bytearray, number: int, layout: _Layout, entries: "Sequence[array[int]]", chunk_size: int
+) -> None:
+    node, at = layout.nodes[number], layout.places[number]
+    form, raw, data = erofs.LAYOUT_PLAIN, 0, b""
     if stat.S_ISREG(node.mode):
-        form, raw = LAYOUT_CHUNK, 0x20 | (chunk_size // BLOCK).bit_length() - 1
-        _write_chunks(out, placed, blobs, chunk_size)
+        form, raw = erofs.LAYOUT_CHUNK, erofs.CHUNK_INDEXES | (chunk_size // BLOCK).bit_length() - 1
     elif stat.S_ISDIR(node.mode):
-        data = _directory_data(placed, layout)
+        data = _directory(layout, number)
     elif stat.S_ISLNK(node.mode):
         data = node.target
     elif stat.S_ISCHR(node.mode) or stat.S_ISBLK(node.mode):
-        raw = _encode_device(node.rdev)
-    if data:
-        form = LAYOUT_INLINE if placed.inline else LAYOUT_PLAIN
-        raw = placed.blocks // BLOCK
-        full = len(data) - placed.inline
-        out[placed.blocks : placed.blocks + full] = data[:full]
-        inline = at + INODE_SIZE + len(placed.xattrs)
-        out[inline : inline + placed.inline] = data[full:]
-    seconds, nanoseconds = divmod(node.mtime_ns, 1_000_000_000)
-    icount = (len(placed.xattrs) - 12) // 4 + 1 if placed.xattrs else 0
-    EXTENDED_INODE.pack_into(
-        out,
-        at,
-        1 | form << 1,
-        icount,
-        node.mode,
-        0,
-        placed.size,
-        raw,
-        placed.number,
-        node.uid,
-        node.gid,
-        seconds,
-        nanoseconds,
-        placed.nlink,
-    )
-    out[at + INODE_SIZE : at + INODE_SIZE + len(placed.xattrs)] = placed.xattrs
+        raw = node.rdev
+    try:
+        xattrs = _pack_xattrs(node.xattrs)
+        seconds, nanoseconds = divmod(node.mtime_ns, _GIGA)
+        if data:
+            inline = layout.inline_size(number)
+            form, raw = erofs.LAYOUT_INLINE if inline else erofs.LAYOUT_PLAIN, layout.blocks[number] // BLOCK
+            full = len(data) - inline
+            out[layout.blocks[number] : layout.blocks[number] + full] = data[:full]
+            behind = at + _INODE + len(xattrs)
+            out[behind : behind + inline] = data[full:]
+        icount = (len(xattrs) - erofs.XATTR_HEADER) // 4 + 1 if xattrs else 0
+        erofs.EXTENDED_INODE.pack_into(
+            out, at,
+            form << 1 | 1, icount, node.mode, 0, layout.sizes[number], raw, number + 1, node.uid, node.gid,
+            seconds, nanoseconds, layout.links[number],
+        )  # fmt: skip
+    except struct.error as error:
+        raise InvalidArgument(f"a file's metadata does not fit into an inode: {error}") from None
+    out[at + _INODE : at + _INODE + len(xattrs)] = xattrs
+    if stat.S_ISREG(node.mode):
+        _write_index(out, align(at + _INODE + len(xattrs), erofs.INDEX_ENTRY.size), node, entries, chunk_size)
 
 
-def _write_chunks(out: bytearray, placed: _Placed, blobs: Sequence[BlobTable], chunk_size: int) -> None:
-    node = placed.node
+def _write_index(out: bytearray, at: int, node: Node, entries: "Sequence[array[int]]", chunk_size: int) -> None:
     if len(node.chunks) != -(-node.size // chunk_size):
-        raise InvalidArgument(f"a file of {node.size} bytes has {len(node.chunks)} chunks")
-    at = _align(placed.at + INODE_SIZE + len(placed.xattrs), 8)
-    for reference in node.chunks:
-        blob, chunk = reference >> 32, reference & 0xFFFFFFFF
-        block = blobs[blob].chunks[chunk].uncompressed_offset // BLOCK
-        INDEX.pack_into(out, at, chunk & 0xFFFF, blob + 1, chunk >> 16, block)
-        at += INDEX.size
-
-
-def _encode_device(rdev: int) -> int:
-    """Linux new_encode_dev of an os.makedev number."""
-    major, minor = rdev >> 8 & 0xFFF, rdev & 0xFF | rdev >> 12 & 0xFFF00
-    return minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
+        raise InvalidArgument(f"a file of {node.size} bytes with {len(node.chunks)} chunks")
+    try:
+        index = [entries[chunk >> 32][chunk & 0xFFFFFFFF] for chunk in node.chunks]
+    except IndexError:
+        raise InvalidArgument("a file refers to a chunk that does not exist") from None
+    struct.pack_into(f"<{len(index)}Q", out, at, *index)

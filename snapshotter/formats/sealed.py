@@ -16,43 +16,39 @@ from snapshotter.config import Limits
 from snapshotter.digest import Digest
 from snapshotter.errors import InvalidArgument, LimitExceeded, MalformedImage
 
-KEYS_MAGIC = b"SRKEYS\0\0"
-KEYS_HEADER = struct.Struct("<8sII32s16x")
+_KEYS_MAGIC = b"SRKEYS\0\0"
+_KEYS_HEADER = struct.Struct("<8sII32s16x")
+_KEYS_RECORD = struct.Struct("<32s32s")
+_MAX_DEPTH = 64  # of canonical JSON: deeper than anything an image config holds
+_MAX_INTEGER = (1 << 53) - 1  # RFC 8785 §3.2.2.3: what every reader holds exactly
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)")
 
 
 def canonical(value: object) -> bytes:
-    """RFC 8785 for objects, arrays, strings, booleans, null and integers up to 2^53. Raises InvalidArgument."""
-    _check_canonical(value)
-    ordered = _order(value)
+    """RFC 8785 for objects, arrays, strings, booleans, null and integers below 2^53. Raises InvalidArgument."""
+    ordered = _ordered(value, _MAX_DEPTH)
     try:
         return json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InvalidArgument("canonical JSON: a string holds a lone surrogate") from None
 
 
-def _check_canonical(value: object) -> None:
+def _ordered(value: object, depth: int) -> object:
+    """The same value with members in the order of their UTF-16 code units, as the RFC demands."""
+    if depth < 0:
+        raise InvalidArgument("canonical JSON: nested too deep")
     if isinstance(value, dict):
-        for key, member in value.items():
-            if not isinstance(key, str):
-                raise InvalidArgument("canonical JSON: a member name is no string")
-            _check_canonical(member)
-    elif isinstance(value, list | tuple):
-        for member in value:
-            _check_canonical(member)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > 1 << 53:
-            raise InvalidArgument("canonical JSON: an integer is not exact in every reader")
-    elif not isinstance(value, str | bool | None):
-        raise InvalidArgument(f"canonical JSON: no rule for {type(value).__name__}")
-
-
-def _order(value: object) -> object:
-    """Members in the order of their UTF-16 code units, as the RFC demands."""
-    if isinstance(value, dict):
+        if not all(isinstance(name, str) for name in value):
+            raise InvalidArgument("canonical JSON: a member name is no string")
         names = sorted(value, key=lambda name: name.encode("utf-16-be", "surrogatepass"))
-        return {name: _order(value[name]) for name in names}
-    return [_order(member) for member in value] if isinstance(value, list | tuple) else value
+        return {name: _ordered(value[name], depth - 1) for name in names}
+    if isinstance(value, list | tuple):
+        return [_ordered(member, depth - 1) for member in value]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _MAX_INTEGER:
+        raise InvalidArgument("canonical JSON: an integer that not every reader holds exactly")
+    if not isinstance(value, str | int | None):
+        raise InvalidArgument(f"canonical JSON: no rule for {type(value).__name__}")
+    return value
 
 
 def config_sha256(config: dict[str, Any]) -> str:
@@ -72,26 +68,33 @@ class KeysFile:
 
     @staticmethod
     def pack(blob_hex: str, records: Iterable[tuple[bytes, bytes]]) -> bytes:
-        body = bytearray()
-        for digest, secret in records:
-            body += digest + secret
-        return KEYS_HEADER.pack(KEYS_MAGIC, 1, len(body) // 64, bytes.fromhex(blob_hex)) + bytes(body)
+        """`records`: digest and secret, 32 bytes each."""
+        body = b"".join(map(_keys_record, records))
+        return _keys_header(blob_hex, len(body) // _KEYS_RECORD.size) + body
 
     @staticmethod
     def parse(data: bytes, blob_hex: str, count: int, limits: Limits) -> tuple[bytes, bytes]:
         """(digests, secrets), 32 bytes per chunk each. Raises MalformedImage."""
         if count > limits.chunks:
             raise LimitExceeded(f"keys file of {blob_hex}: more chunks than limits.chunks")
-        if len(data) != KEYS_HEADER.size + 64 * count:
+        if len(data) != _KEYS_HEADER.size + _KEYS_RECORD.size * count:
             raise MalformedImage(f"keys file of {blob_hex}: {len(data)} bytes for {count} chunks")
-        if data[: KEYS_HEADER.size] != KEYS_HEADER.pack(KEYS_MAGIC, 1, count, bytes.fromhex(blob_hex)):
+        if data[: _KEYS_HEADER.size] != _keys_header(blob_hex, count):
             raise MalformedImage(f"keys file of {blob_hex}: bad header")
-        digests, secrets = bytearray(32 * count), bytearray(32 * count)
-        for index in range(count):
-            at = KEYS_HEADER.size + 64 * index
-            digests[32 * index : 32 * index + 32] = data[at : at + 32]
-            secrets[32 * index : 32 * index + 32] = data[at + 32 : at + 64]
-        return bytes(digests), bytes(secrets)
+        body = memoryview(data)[_KEYS_HEADER.size :]
+        digests = b"".join(digest for digest, _ in _KEYS_RECORD.iter_unpack(body))
+        secrets = b"".join(secret for _, secret in _KEYS_RECORD.iter_unpack(body))
+        return digests, secrets
+
+
+def _keys_record(record: tuple[bytes, bytes]) -> bytes:
+    if [len(part) for part in record] != [32, 32]:
+        raise InvalidArgument("keys file: a digest or secret is not 32 bytes long")
+    return b"".join(record)
+
+
+def _keys_header(blob_hex: str, count: int) -> bytes:
+    return _KEYS_HEADER.pack(_KEYS_MAGIC, 1, count, bytes.fromhex(blob_hex))
 
 
 class IdentityBlob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

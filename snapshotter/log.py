@@ -41,5 +41,7 @@ def configure(level: str = "info", style: Literal["json", "console"] = "json", *
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    for chatty in ("grpc", "asyncio", "aiohttp"):  # at debug they say more than all of us
+        logging.getLogger(chatty).setLevel(max(root.level, logging.INFO))
     if process:
         structlog.contextvars.bind_contextvars(process=process)

@@ -65,9 +65,9 @@ class Verdict:
     def record(self) -> ImageRecord:
         return ImageRecord(
             reference=str(self.image.reference),
-            manifest=self.image.manifest_digest,
-            bootstrap=self.image.bootstrap.digest,
-            chain_id=self.chain[-1],
+            manifest=str(self.image.manifest_digest),
+            bootstrap=str(self.image.bootstrap.digest),
+            chain_id=str(self.chain[-1]),
             sealed=self.sealed,
             root_mode=self.root.mode & 0o7777,
             root_uid=self.root.uid,

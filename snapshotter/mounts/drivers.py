@@ -64,12 +64,19 @@ class ErofsMounter:
         # The kernel does not count an overlay as a user of its lower mounts, nor a bind mount of its origin.
         if user := used_by(point, mounts):
             raise FailedPrecondition(f"unmounting {target}: {user} uses it", reason="busy")
-        answer = await self._child({"op": "unmount", "target": str(target)}, ())
+        await self._unmount(target, detach=False)
+        log.info("image unmounted", target=str(target))
+
+    async def discard(self, target: Path) -> None:
+        """Take a mount that is beyond help off its path, whoever uses it, so that another can take its place."""
+        await self._unmount(target, detach=True)
+
+    async def _unmount(self, target: Path, *, detach: bool) -> None:
+        answer = await self._child({"op": "unmount", "target": str(target), "detach": detach}, ())
         if answer.get("busy"):
             raise FailedPrecondition(f"unmounting {target}: in use", reason="busy")
         if "error" in answer:
             raise SnapshotterError(f"unmounting {target}: {answer['error']}", reason="mount")
-        log.info("image unmounted", target=str(target))
 
     def is_mounted(self, target: Path) -> bool:
         """Whether something is mounted on `target`, by mountinfo; symlinks above `target` are followed."""

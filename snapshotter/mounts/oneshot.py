@@ -26,7 +26,7 @@ TRY_NEXT = {errno.EINVAL, errno.ENOTBLK, errno.EOPNOTSUPP}  # no directio; no fi
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     if request["op"] == "unmount":
-        return unmount(request["target"])
+        return unmount(request["target"], syscalls.MNT_DETACH if request["detach"] else 0)
     failures = []
     for attempt in request["attempts"]:
         try:
@@ -121,11 +121,11 @@ def set_read_ahead(path: str, kib: int) -> None:
         sys.stderr.write(f"{path}: {error.strerror}\n")
 
 
-def unmount(target: str) -> dict[str, Any]:
+def unmount(target: str, flags: int) -> dict[str, Any]:
     """Unmount all that is stacked on `target`; that nothing is there is fine."""
     try:
         while True:
-            syscalls.umount(target, syscalls.UMOUNT_NOFOLLOW)
+            syscalls.umount(target, syscalls.UMOUNT_NOFOLLOW | flags)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOENT):
             return {}

@@ -127,6 +127,15 @@ async def test_image_below_another_mount_says_busy(work: Work, session: int, way
     assert not mounter.is_mounted(target)
 
 
+async def test_discarded_mount_makes_room_while_it_is_used(work: Work, session: int, target: Path) -> None:
+    mounter = ErofsMounter(session, Erofs())
+    await mounter.mount(IMAGE, DEVICES, target)
+    with (target / "directory" / "small").open() as file:
+        await mounter.discard(target)
+        assert not mounter.is_mounted(target)
+        assert file.read() == "small\n"
+
+
 async def test_stacked_mounts_are_all_removed(session: int, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An orphaned child of a killed daemon and its successor may both have mounted."""
     mounter = ErofsMounter(session, Erofs())

@@ -1,0 +1,175 @@
+"""snapshotd: builds the parts of the pull path, serves containerd, and drains.
+
+Its descriptors come from the keeper, its state is on disk, so it can be killed and replaced at any instant; running
+containers do not need it. It makes no system call that can reach EROFS or FUSE itself.
+
+    python -m snapshotter.daemon --config FILE --root DIR --cache DIR --address SOCK
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import structlog
+
+from snapshotter import __version__, config, control
+from snapshotter.bootstrap.loader import Loader
+from snapshotter.errors import InvalidArgument, SnapshotterError
+from snapshotter.image.policy import ImagePolicy
+from snapshotter.image.resolver import Resolver
+from snapshotter.keys.provider import FileKeys
+from snapshotter.log import configure
+from snapshotter.mounts.drivers import ErofsMounter
+from snapshotter.mounts.mountinfo import read_mounts
+from snapshotter.mounts.syscalls import set_undumpable
+from snapshotter.ondemand.client import BlobdClient
+from snapshotter.ondemand.dataplane import DataPlane
+from snapshotter.registry.client import RegistryClient
+from snapshotter.service.server import Server
+from snapshotter.snapshots.images import Images
+from snapshotter.snapshots.recovery import open_store
+from snapshotter.snapshots.snapshotter import Snapshotter
+
+log = structlog.get_logger(__name__)
+
+LOCK_SECONDS = 5.0
+GRACE_SECONDS = 4.0  # for calls that run when we are told to stop
+
+
+class Daemon:
+    """The parts, put together. `held` are the keeper's descriptors by name; this object owns them."""
+
+    def __init__(self, settings: config.Config, registry: RegistryClient, held: Mapping[str, int]) -> None:
+        root = Path(os.path.realpath(settings.root))  # mountinfo knows no links
+        self._settings = settings
+        self._listener = socket.socket(fileno=held["listen-grpc"])
+        self._mounter = ErofsMounter(held["fuse-root"], settings.erofs)
+        self._blobd = BlobdClient(root / "blobd.sock")
+        policy = ImagePolicy.of(settings.mode, settings.policy)
+        loader = Loader(
+            registry,
+            FileKeys(settings.keys.files),
+            Path(settings.cache_dir),
+            settings.limits,
+            must_be_sealed=policy.must_be_sealed,
+        )
+        images = Images(
+            Resolver(registry, policy, settings.limits),
+            loader,
+            policy,
+            DataPlane(root / "keeper.sock", self._blobd),
+            self._mounter,
+        )
+        self._snapshotter = Snapshotter(root, open_store(root), images, settings.limits)
+        self._server = Server(self._snapshotter, root)
+        self._control = control.AsyncServer(control.listen(root / "snapshotd.sock"), self._handle)
+
+    async def start(self) -> None:
+        """Returns when containerd is served."""
+        await self._discard_dead_mounts()
+        await self._snapshotter.start()
+        await self._server.start(self._listener)
+        self._control.start()
+
+    async def drain(self) -> None:
+        """Let calls end, then unmount the images that nobody uses."""
+        await self._server.stop(GRACE_SECONDS)
+        await self._snapshotter.stop()
+        await self._snapshotter.drain()
+
+    async def _discard_dead_mounts(self) -> None:
+        """Mounts whose image blobd does not have belong to a FUSE session that is lost: every read of them fails.
+
+        Containers that use them cannot be helped; off their path, they do not harm the next ones.
+        """
+        attached = {image["id"] for image in (await self._blobd.status())["images"]}
+        for attach_id, record in self._snapshotter.images().items():
+            point = self._snapshotter.mountpoint(attach_id)
+            if attach_id not in attached and self._mounter.is_mounted(point):
+                log.error("image was mounted from a data plane that is gone", image=record.reference, target=str(point))
+                await self._mounter.discard(point)
+
+    async def _handle(self, message: control.Message, _: list[int]) -> control.Reply | AsyncIterator[control.Reply]:
+        if message.get("op") == "status":
+            return self._status(), ()
+        if message.get("op") == "dump":
+            return self._dump()
+        raise InvalidArgument(f"no such request: {str(message.get('op'))[:40]}")
+
+    def _status(self) -> control.Message:
+        mounted = {mount.point for mount in read_mounts()}
+        images = [
+            {
+                "reference": record.reference,
+                "manifest": record.manifest,
+                "bootstrap": record.bootstrap,
+                "mounted": str(self._snapshotter.mountpoint(attach_id)) in mounted,
+            }
+            for attach_id, record in self._snapshotter.images().items()
+        ]
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "mode": self._settings.mode,
+            "cache_dir": self._settings.cache_dir,
+            "address": self._settings.address,
+            "images": images,
+            "counters": {},
+        }
+
+    async def _dump(self) -> AsyncIterator[control.Reply]:
+        """The listener on which clients reach this process: what a new keeper needs to adopt it."""
+        yield {"name": "listen-grpc"}, [self._listener.fileno()]
+        yield {"end": True}, ()
+
+
+async def serve(settings: config.Config) -> int:
+    """Serve until SIGTERM; the exit status."""
+    keeper = Path(settings.root) / "keeper.sock"
+    held, _ = await asyncio.to_thread(control.fetch_all, keeper, {"op": "list"})
+    for name in held.keys() - {"listen-grpc", "fuse-root"}:  # keys are in there: they are blobd's
+        os.close(held.pop(name))
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, os._exit, 0)  # everything that matters is on disk
+    async with RegistryClient(settings.registry, settings.limits) as registry:
+        daemon = Daemon(settings, registry, held)
+        await daemon.start()
+        log.info("snapshotd serves", pid=os.getpid(), version=__version__, mode=settings.mode, root=settings.root)
+        with contextlib.suppress(OSError, EOFError):
+            await asyncio.to_thread(control.request, keeper, {"op": "ready", "name": "snapshotd"})
+        await stop.wait()
+        log.info("draining")
+        await daemon.drain()
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="snapshotd", allow_abbrev=False)
+    for flag in ("--config", "--root", "--cache", "--address"):
+        parser.add_argument(flag)
+    flags = parser.parse_args(arguments)
+    os.umask(0o077)
+    set_undumpable()
+    try:
+        settings = config.load(
+            Path(flags.config) if flags.config else None, root=flags.root, cache_dir=flags.cache, address=flags.address
+        )
+        configure(settings.log.level, settings.log.format, process="snapshotd")
+        control.take_lock(Path(settings.root) / "snapshotd.lock", LOCK_SECONDS)
+        return asyncio.run(serve(settings))
+    except (SnapshotterError, OSError, EOFError, sqlite3.Error) as error:
+        log.error("snapshotd cannot serve", error=str(error) or type(error).__name__)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

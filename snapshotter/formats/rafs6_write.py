@@ -92,7 +92,7 @@ def write_bootstrap(
         flags |= rafs6.FLAG_HAS_XATTR
     rafs6.EXTENDED.pack_into(
         out, rafs6.EXTENDED_OFFSET,
-        flags, blob_table if blobs else 0, ENTRY_SIZE * len(blobs), chunk_size,
+        flags, blob_table, ENTRY_SIZE * len(blobs), chunk_size,
         chunk_table if records else 0, len(records), prefetch_table if nids else 0, 4 * len(nids), 0, b"",
     )  # fmt: skip
     return bytes(out)

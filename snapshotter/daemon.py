@@ -37,7 +37,7 @@ from snapshotter.snapshots.images import Images
 from snapshotter.snapshots.recovery import open_store
 from snapshotter.snapshots.snapshotter import Snapshotter
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger("snapshotter.daemon")
 
 LOCK_SECONDS = 5.0
 GRACE_SECONDS = 4.0  # for calls that run when we are told to stop
@@ -89,12 +89,19 @@ class Daemon:
 
         Containers that use them cannot be helped; off their path, they do not harm the next ones.
         """
+        mounted = self._mounted()
+        if not mounted:
+            return  # without waiting for blobd: containerd gives up on a connection that is not served for a second
         attached = {image["id"] for image in (await self._blobd.status())["images"]}
-        for attach_id, record in self._snapshotter.images().items():
+        for attach_id in mounted - attached:
             point = self._snapshotter.mountpoint(attach_id)
-            if attach_id not in attached and self._mounter.is_mounted(point):
-                log.error("image was mounted from a data plane that is gone", image=record.reference, target=str(point))
-                await self._mounter.discard(point)
+            log.error("image was mounted from a data plane that is gone", attach_id=attach_id, target=str(point))
+            await self._mounter.discard(point)
+
+    def _mounted(self) -> set[int]:
+        """Attach ids of the images that are mounted."""
+        points = {mount.point for mount in read_mounts()}
+        return {number for number in self._snapshotter.images() if str(self._snapshotter.mountpoint(number)) in points}
 
     async def _handle(self, message: control.Message, _: list[int]) -> control.Reply | AsyncIterator[control.Reply]:
         if message.get("op") == "status":
@@ -104,13 +111,13 @@ class Daemon:
         raise InvalidArgument(f"no such request: {str(message.get('op'))[:40]}")
 
     def _status(self) -> control.Message:
-        mounted = {mount.point for mount in read_mounts()}
+        mounted = self._mounted()
         images = [
             {
                 "reference": record.reference,
                 "manifest": record.manifest,
                 "bootstrap": record.bootstrap,
-                "mounted": str(self._snapshotter.mountpoint(attach_id)) in mounted,
+                "mounted": attach_id in mounted,
             }
             for attach_id, record in self._snapshotter.images().items()
         ]

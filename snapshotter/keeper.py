@@ -188,7 +188,7 @@ def supervise(root: str, address: str, commands: dict[str, list[str]]) -> int:
         return Keeper(root, address, commands).run()
     except BlockingIOError:
         pid = control.lock_holder(f"{root}/lock")
-        sys.stderr.write(f"coco-snapshotter: error: root {root}: already running as pid {pid}\n")
+        sys.stderr.write(f"coco-snapshotter: error: already running as pid {pid}, which holds {root}/lock\n")
         return 5
     except OSError as error:
         sys.stderr.write(f"coco-snapshotter: error: {error}\n")

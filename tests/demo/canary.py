@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lz4.block
 import zstandard
@@ -21,6 +22,7 @@ FILE_SIZE = 1 << 20
 _WINDOW = 48  # bytes of the file that count as a find; one window every _STEP
 _STEP = 64 << 10
 _DECODED_LIMIT = 1 << 28
+_PIECE = 64 << 10
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 
 
@@ -120,14 +122,20 @@ def _regular_files(top: Path) -> Iterator[Path]:
 def _decoded(data: bytes) -> Iterator[bytes]:
     """Everything that starts somewhere in `data` as a gzip or zstd stream and yields output."""
     for match in re.finditer(re.escape(_GZIP), data):
-        with suppress(zlib.error):
-            inflater = zlib.decompressobj(wbits=31)
-            if output := inflater.decompress(data[match.start() :], _DECODED_LIMIT):
-                yield output
+        yield _inflate(zlib.decompressobj(wbits=31), data, match.start())
     for match in re.finditer(re.escape(_ZSTD), data):
-        with suppress(zstandard.ZstdError):
-            if output := zstandard.ZstdDecompressor().decompressobj().decompress(data[match.start() :]):
-                yield output
+        yield _inflate(zstandard.ZstdDecompressor().decompressobj(), data, match.start())
+
+
+def _inflate(decoder: Any, data: bytes, start: int) -> bytes:
+    """What one stream holds, as far as it decodes. Fed in pieces: a decoder copies whatever follows its stream."""
+    output = bytearray()
+    with suppress(zlib.error, zstandard.ZstdError):
+        for at in range(start, len(data), _PIECE):
+            output += decoder.decompress(data[at : at + _PIECE])
+            if decoder.eof or len(output) > _DECODED_LIMIT:
+                break
+    return bytes(output)
 
 
 def _is_compressed(data: bytes) -> bool:

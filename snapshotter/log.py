@@ -18,8 +18,14 @@ def configure(level: str = "info", style: Literal["json", "console"] = "json", *
         if style == "json"
         else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
+
+    def name_process(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """Not a context variable: threads start without those."""
+        return {**event, "process": process} if process else event
+
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        name_process,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -43,5 +49,3 @@ def configure(level: str = "info", style: Literal["json", "console"] = "json", *
     root.setLevel(level.upper())
     for chatty in ("grpc", "asyncio", "aiohttp"):  # at debug they say more than all of us
         logging.getLogger(chatty).setLevel(max(root.level, logging.INFO))
-    if process:
-        structlog.contextvars.bind_contextvars(process=process)

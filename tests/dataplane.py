@@ -311,6 +311,27 @@ class Machine:
             subprocess.run(["umount", "-l", target], check=False, stderr=subprocess.DEVNULL)
 
 
+class Plane:
+    """A registry and a machine for one test: `with Plane(tmp_path) as plane`."""
+
+    def __init__(self, directory: Path, settings: str = "", driver: str = "auto", cache: Path | None = None) -> None:
+        self.server = BlobServer()
+        self.machine = Machine(directory / "machine", settings, driver, cache)
+
+    def __enter__(self) -> "Plane":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.machine.close()
+        self.server.close()
+
+    def serve(self, image_id: int, image: SyntheticImage, repository: str = "app") -> Path:
+        """Attach and mount an image whose blobs this registry has."""
+        self.server.blobs.update(image.blobs)
+        self.machine.attach(image_id, image, f"{self.server.host}/{repository}")
+        return self.machine.mount(image_id, image)
+
+
 def forget_pages(path: Path) -> None:
     """Drop what the kernel has cached of a file, so that the next read reaches blobd."""
     fd = os.open(path, os.O_RDONLY)

@@ -7,8 +7,11 @@
 <root>/snapshots/new-…               being made
 <root>/snapshots/old-…               being destroyed
 <root>/snapshots/lost-…              nobody knows what it is; kept for people to look at
+
+`mnt` exists only while something is mounted there: a client that mounts too late gets an error, not an empty directory.
 """
 
+import contextlib
 import errno
 import itertools
 import os
@@ -20,9 +23,10 @@ from typing import Literal, NamedTuple
 
 from snapshotter.snapshots.model import Usage
 
-Purpose = Literal["active", "view", "data", "image"]
+Purpose = Literal["active", "view", "remote"]
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SLICE = 4096  # directory entries held at a time
+_NESTED = 64  # levels of directories that are walked down at once
 _DEPTH = 512  # levels of directories that are measured; each costs a descriptor
 
 
@@ -63,9 +67,7 @@ class Directories:
     def make(self, purpose: Purpose, attributes: RootAttributes) -> Path:
         """A new directory under a temporary name."""
         path = Path(tempfile.mkdtemp(prefix="new-", dir=self.base))
-        if purpose == "image":
-            (path / "mnt").mkdir()
-        elif purpose != "data":
+        if purpose != "remote":
             files = path / "fs"
             files.mkdir()
             os.chown(files, attributes.uid, attributes.gid)
@@ -74,6 +76,16 @@ class Directories:
             (path / "work").mkdir()
             (path / "work").chmod(0o711)
         return path
+
+    def make_mountpoint(self, number: int) -> None:
+        """Present already is fine; mounted, too, since mkdir does not look behind a mount."""
+        with contextlib.suppress(FileExistsError):
+            self.mountpoint(number).mkdir()  # exist_ok would look at it
+
+    def remove_mountpoint(self, number: int) -> None:
+        """Does nothing while something is mounted there."""
+        with contextlib.suppress(OSError):
+            self.mountpoint(number).rmdir()
 
     def place(self, path: Path, number: int) -> Path:
         """Give a new directory its final name."""
@@ -85,61 +97,36 @@ class Directories:
 
 
 def destroy(path: Path) -> None:
-    """Delete a directory however deep and large it is: subdirectories are moved up instead of walked down.
+    """Delete a directory however deep and large it is: what lies too deep is moved up, where it will be found again.
 
     Crosses no mount and follows no link. Raises OSError (EBUSY for a mount), and may be tried again.
     """
-    moved = _Moved()
     top = os.open(path, _OPEN)
     try:
-        _empty(top, top, moved)
-        while moved.names:
-            name = moved.names.pop()
-            fd = os.open(name, _OPEN, dir_fd=top)
-            try:
-                _empty(fd, top, moved)
-            finally:
-                os.close(fd)
-            os.rmdir(name, dir_fd=top)
+        _empty(top, top, 0)
     finally:
         os.close(top)
     path.rmdir()
 
 
-class _Moved:
-    """Directories that were moved up, under names that nobody else uses."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._token, self._count = secrets.token_hex(4), 0
-
-    def add(self) -> str:
-        self._count += 1
-        self.names.append(f".{self._token}-{self._count}")
-        return self.names[-1]
-
-
-def _empty(directory: int, top: int, moved: _Moved) -> None:
-    """Delete what is in `directory`, but move directories that are not empty to `top`."""
-    ours: set[str] = set()
+def _empty(directory: int, top: int, depth: int) -> None:
     while True:
         with os.scandir(directory) as found:  # a slice at a time: there may be millions
-            entries = list(itertools.islice((entry for entry in found if entry.name not in ours), _SLICE))
+            entries = list(itertools.islice(found, _SLICE))
         if not entries:
             return
         for entry in entries:
             if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.name, dir_fd=directory)
-                continue
-            try:
+            elif depth < _NESTED:
+                inside = os.open(entry.name, _OPEN, dir_fd=directory)
+                try:
+                    _empty(inside, top, depth + 1)
+                finally:
+                    os.close(inside)
                 os.rmdir(entry.name, dir_fd=directory)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                name = moved.add()
-                os.rename(entry.name, name, src_dir_fd=directory, dst_dir_fd=top)
-                if directory == top:
-                    ours.add(name)
+            else:
+                os.rename(entry.name, f".{secrets.token_hex(16)}", src_dir_fd=directory, dst_dir_fd=top)
 
 
 def measure(path: Path) -> Usage:

@@ -81,11 +81,13 @@ def reconcile(store: Store, directories: Directories) -> None:
     for entry in store.entries():
         row = entry.row
         if str(row.id) in present:
+            if entry.image:
+                directories.remove_mountpoint(row.id)  # which a reboot left empty
             continue
         if row.ref is None:
-            log.error("snapshot has lost its directory", id=row.id, name=row.name[:200])
+            log.error("snapshot has lost its directory", id=row.id, snapshot=row.name[:200])
             continue
-        path = directories.make("image" if entry.image else "data", RootAttributes())
+        path = directories.make("remote", RootAttributes())
         sidecar.write(path, entry, durable=True)
         directories.place(path, row.id)
         log.warning("directory of a remote snapshot made again", id=row.id)

@@ -7,7 +7,6 @@ an image, mounting it, measuring a directory) comes before that step and changes
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +55,7 @@ class Snapshotter:
         self._limits = limits
         self._overlay_options = overlay.options()
         self._cleaner: asyncio.Task[None]
+        self._cleaning = asyncio.Lock()
         self._locks: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # one per image in transition
 
     # making snapshots
@@ -109,8 +109,7 @@ class Snapshotter:
             return
         row = self._new("", above, Kind.COMMITTED)
         row = row._replace(name=f"{ref}@{row.id}", ref=ref)
-        purpose: directories.Purpose = "image" if verdict.record else "data"
-        self._insert(Entry(plugin, row, _present(labels), verdict.record), purpose, RootAttributes())
+        self._insert(Entry(plugin, row, _present(labels), verdict.record), "remote", RootAttributes())
 
     def _new(self, name: str, above: Row | None, kind: Kind) -> Row:
         now = time.time_ns()
@@ -219,36 +218,37 @@ class Snapshotter:
 
     async def cleanup(self) -> None:
         """Unmount and destroy every directory that belongs to no snapshot. One that resists stays for the next time."""
-        names = await asyncio.to_thread(self._directories.names)
-        # A snapshot is made in one step of the loop, and we are between steps: what was listed has a row or is garbage.
-        known = self._store.all_ids()
-        for name in names:
-            if name.startswith(("new-", "old-")) or (name.isdecimal() and int(name) not in known):
-                try:
-                    await self._dispose(name)
-                except FileNotFoundError:
-                    log.debug("directory has gone meanwhile", name=name)
-                except (OSError, SnapshotterError) as error:
-                    log.info("directory stays for now", name=name, error=str(error))
+        async with self._cleaning:
+            names = await asyncio.to_thread(self._directories.names)
+            # Snapshots are made in one step of the loop, and we are between steps: what was listed and has no row now
+            # will never have one.
+            known = self._store.all_ids()
+            for name in names:
+                if name.startswith(("new-", "old-")) or (name.isdecimal() and int(name) not in known):
+                    try:
+                        await self._dispose(name)
+                    except FileNotFoundError:
+                        log.debug("directory has gone meanwhile", directory=name)
+                    except (OSError, SnapshotterError) as error:
+                        log.info("directory stays for now", directory=name, error=str(error))
 
     async def _dispose(self, name: str) -> None:
         if name.isdecimal():
             number = int(name)
-            if "mnt" in os.listdir(self._directories.path(number)):  # a stat would reach the mount
-                async with self._lock(number):
-                    await self._images.unmount(number, self._directories.mountpoint(number))
+            entry = sidecar.read(self._directories.path(number))
+            if entry is None or entry.image is not None:
+                await self._unmount(number)
             name = self._directories.retire(name).name
         failpoints.hit("cleanup.retired")
         await asyncio.to_thread(directories.destroy, self._directories.base / name)
 
     async def drain(self) -> None:
         """Unmount the images; one that is in use stays."""
-        for number in self._store.images():
-            try:
-                async with self._lock(number):
-                    await self._images.unmount(number, self._directories.mountpoint(number))
-            except SnapshotterError as error:
-                log.info("image stays mounted", attach_id=number, error=str(error))
+        numbers = list(self._store.images())
+        results = await asyncio.gather(*map(self._unmount, numbers), return_exceptions=True)
+        for number, error in zip(numbers, results, strict=True):
+            if error is not None:
+                log.info("image stays", attach_id=number, error=str(error))
 
     # details
 
@@ -283,7 +283,13 @@ class Snapshotter:
         async with self._lock(layer.id):
             if not self._store.exists(layer.id):  # removed while we waited: `cleanup` has unmounted it, or will
                 raise NotFound(f"image {record.reference} was removed")
+            self._directories.make_mountpoint(layer.id)
             await self._images.mount(layer.id, record, self._directories.mountpoint(layer.id))
+
+    async def _unmount(self, number: int) -> None:
+        async with self._lock(number):
+            await self._images.unmount(number, self._directories.mountpoint(number))
+            self._directories.remove_mountpoint(number)
 
     def _lock(self, number: int) -> asyncio.Lock:
         return self._locks.setdefault(number, asyncio.Lock())

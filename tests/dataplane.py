@@ -256,6 +256,15 @@ class Machine:
                     control.close_all(fds)
 
     def start(self, failpoint: str = "") -> None:
+        self._spawn(failpoint)
+        assert self._ready.wait(20), self.errors.read_text()[-3000:]
+
+    def start_expecting_death(self, failpoint: str) -> None:
+        self._spawn(failpoint)
+        assert self.process
+        assert self.process.wait(20) == -signal.SIGKILL
+
+    def _spawn(self, failpoint: str) -> None:
         self._ready.clear()
         flags = {"--config": self.configuration, "--root": self.root, "--cache": self.cache, "--address": "/none"}
         with self.errors.open("ab") as errors:
@@ -264,7 +273,6 @@ class Machine:
                 stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
                 env={**os.environ, "COCO_FAILPOINT": failpoint}, cwd=Path(__file__).parents[1],
             )  # fmt: skip
-        assert self._ready.wait(20), self.errors.read_text()[-3000:]
 
     def kill(self, number: int = signal.SIGKILL) -> int:
         assert self.process

@@ -57,6 +57,10 @@ def decompress(data: bytes, codec: int, size: int) -> bytes:
     return bytes(lz4.block.decompress(data, uncompressed_size=size))
 
 
+def digest(data: bytes, algorithm: int) -> bytes:
+    return blake3(data).digest() if algorithm == 0 else hashlib.sha256(data).digest()
+
+
 @dataclass
 class Blob:
     """One data blob. Sealed ones have the sizes of sealed chunks but are not encrypted: formats cannot tell."""

@@ -121,6 +121,8 @@ class Bootstrap:
             raise MalformedImage(f"bootstrap: impossible chunk size {self.chunk_size}")
         if self.chunk_size > self.limits.chunk_bytes:
             raise LimitExceeded(f"bootstrap: chunk size {self.chunk_size} is more than limits.chunk_bytes")
+        if self.sealed and bool(self._prefetch_table) != bool(prefetch_bytes):
+            raise MalformedImage("bootstrap: prefetch table has a place but no size, or the reverse")
         if not self._prefetch_table:
             prefetch_bytes = 0  # old tools leave a size there
         if blob_bytes % ENTRY_SIZE or chunk_bytes % RECORD.size or prefetch_bytes % 4:
@@ -180,8 +182,8 @@ class Bootstrap:
 
     def _check_slot(self, index: int, entry: BlobEntry, free: int) -> int:
         at = DEVICES_OFFSET + erofs.DEVICE_SLOT.size * index
-        tag, blocks, unified = erofs.DEVICE_SLOT.unpack_from(self.data, at)
-        if tag != entry.blob_id.encode() or blocks * BLOCK != entry.uncompressed_size:
+        tag, blocks, unified, reserved = erofs.DEVICE_SLOT.unpack_from(self.data, at)
+        if tag != entry.blob_id.encode() or blocks * BLOCK != entry.uncompressed_size or any(reserved):
             raise MalformedImage(f"device slot {index}: contradicts the blob table")
         # The kernel maps whatever it reads of the primary device behind this address to the slot's device instead.
         if unified and unified * BLOCK < free:

@@ -118,7 +118,7 @@ def _write_devices(out: bytearray, blobs: Sequence[BlobTable], blob_table: int) 
         if position // BLOCK + blocks >= 1 << 32:
             raise InvalidArgument("all blobs together have more than 16 TiB of content")
         at = rafs6.DEVICES_OFFSET + erofs.DEVICE_SLOT.size * index
-        erofs.DEVICE_SLOT.pack_into(out, at, blob.entry.blob_id.encode(), blocks, position // BLOCK)
+        erofs.DEVICE_SLOT.pack_into(out, at, blob.entry.blob_id.encode(), blocks, position // BLOCK, b"")
         at = blob_table + ENTRY_SIZE * index
         out[at : at + ENTRY_SIZE] = blob.entry.pack()
         position += blocks * BLOCK

@@ -117,7 +117,7 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     repository: str | None = None
 
     def pack(self) -> bytes:
-        return canonical(msgspec.to_builtins(self))
+        return canonical(msgspec.to_builtins(self, enc_hook=str))  # Digest is a str that msgspec does not know
 
     @classmethod
     def parse(cls, data: bytes, limits: Limits) -> Self:

@@ -104,8 +104,12 @@ class Scan:
         return all(self.found.values())
 
     def report(self) -> str:
-        hits = [f"{kind} in {sorted(places)[0]}" for kind, places in self.found.items() if places]
+        hits = [f"{kind} in {_shorten(sorted(places)[0])}" for kind, places in self.found.items() if places]
         return "; ".join(hits) or "nothing"
+
+
+def _shorten(place: str) -> str:
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1…", place)
 
 
 def _regular_files(top: Path) -> Iterator[Path]:

@@ -2,25 +2,36 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from snapshotter import labels
 from snapshotter.config import Limits
 from snapshotter.crypto import layer
 from snapshotter.errors import LimitExceeded
 from snapshotter.keys import annotations as enc
-from snapshotter.keys import jwe
+from snapshotter.keys import jwe, packet
 from snapshotter.keys.provider import KeyProvider
 
+Recipient: TypeAlias = bytes | packet.Kek  # a public key (SPKI PEM), or a key that a key broker hands out
 
-def encrypt_layer(plain: bytes | bytearray | memoryview, recipients: Sequence[bytes]) -> tuple[bytes, dict[str, str]]:
-    """Encrypt under a fresh key, wrapped for every recipient (SPKI PEM): the layer's bytes and its annotations.
 
-    Raises InvalidArgument for a recipient that is no supported public key.
+def encrypt_layer(
+    plain: bytes | bytearray | memoryview, recipients: Sequence[Recipient]
+) -> tuple[bytes, dict[str, str]]:
+    """Encrypt under a fresh key, wrapped for every recipient: the layer's bytes and its annotations.
+
+    Raises InvalidArgument for no recipient, and for one that is no supported public key.
     """
+    public_keys = [recipient for recipient in recipients if isinstance(recipient, bytes)]
+    keks = [recipient for recipient in recipients if not isinstance(recipient, bytes)]
     cipher, public, private = layer.encrypt(plain)
+    wrapped: dict[str, list[bytes]] = {}
     with private.symkey, private.pack() as options:
-        packet = jwe.wrap(options, recipients)
-    return cipher, enc.build(public, {labels.ENC_KEYS_JWE: [packet]})
+        if public_keys or not keks:
+            wrapped[labels.ENC_KEYS_JWE] = [jwe.wrap(options, public_keys)]
+        if keks:
+            wrapped[packet.ANNOTATION] = [packet.wrap(options, kek) for kek in keks]
+    return cipher, enc.build(public, wrapped)
 
 
 async def decrypt_layer(

@@ -99,3 +99,49 @@ def test_the_kernel_shows_the_tree(disk: Path, sealed: bool, chunk_size: int) ->
     assert trees.listing(trees.read(bootstrap, *blobs).walk(), chunk) == expected
     with trees.erofs_mount(disk, bootstrap, [bytes(blob.device) for blob in blobs]) as top:
         assert trees.mounted(top) == expected
+
+
+def test_more_devices_than_fit_into_the_first_block(disk: Path) -> None:
+    blobs = [Blob(index) for index in range(40)]
+    root = directory({b"%d" % blob.index: blob.file(b"content %d" % blob.index) for blob in blobs})
+    bootstrap = trees.write(root, *blobs)
+    with trees.erofs_mount(disk, bootstrap, [bytes(blob.device) for blob in blobs]) as top:
+        assert trees.mounted(top) == trees.nodes(root, trees.device_chunk(*blobs))
+
+
+def test_a_file_over_several_blobs_and_one_that_is_mostly_zeros(disk: Path) -> None:
+    blobs = [Blob(index, 65536) for index in range(3)]
+    pieces = [bytes((65 + number,)) * 65536 for number in range(6)]
+    mixed = Node(stat.S_IFREG | 0o644, size=6 * 65536 - 100)
+    for number, piece in enumerate([*pieces[:-1], pieces[-1][:-100]]):
+        mixed.chunks.append(blobs[number % 3].add(piece))
+    zero = blobs[0].add(bytes(65536))
+    sparse = Node(stat.S_IFREG | 0o644, size=64 << 30)
+    sparse.chunks.extend([zero] * (sparse.size // 65536))
+    root = directory({b"mixed": mixed, b"sparse": sparse})
+    bootstrap = trees.write(root, *blobs)
+    trees.read(bootstrap, *blobs)
+    with trees.erofs_mount(disk, bootstrap, [bytes(blob.device) for blob in blobs]) as top:
+        assert (top / "mixed").read_bytes() == b"".join(pieces)[:-100]
+        assert (top / "sparse").stat().st_size == 64 << 30
+        with (top / "sparse").open("rb") as file:
+            file.seek(-5, os.SEEK_END)
+            assert file.read() == bytes(5)
+
+
+def test_a_huge_directory(disk: Path) -> None:
+    blob = Blob()
+    names = [b"%d" % number + b"-" * (number % 240) for number in range(20_000)]
+    root = directory({b"huge": directory({name: blob.file(b"x") for name in names})})
+    bootstrap = trees.write(root, blob)
+    with trees.erofs_mount(disk, bootstrap, [bytes(blob.device)]) as top:
+        huge = os.fsencode(top / "huge")
+        assert sorted(os.listdir(huge)) == sorted(names)
+        assert all(os.lstat(huge + b"/" + name).st_size == 1 for name in names[::97])
+        assert not os.path.exists(huge + b"/absent")
+
+
+def test_an_image_without_blobs(disk: Path) -> None:
+    root = directory({b"d": directory(), b"link": symlink(b"d"), b"empty": Node(stat.S_IFREG | 0o600)})
+    with trees.erofs_mount(disk, trees.write(root), []) as top:
+        assert trees.mounted(top) == trees.nodes(root, None)

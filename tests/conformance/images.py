@@ -51,6 +51,6 @@ class FakeImages:
         self.mounted[attach_id] = target
 
     async def unmount(self, attach_id: int, target: Path) -> None:
-        if _libc.umount2(os.fsencode(target), 0) and ctypes.get_errno() != errno.EINVAL:
+        if _libc.umount2(os.fsencode(target), 0) and ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
         self.mounted.pop(attach_id, None)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from snapshotter.snapshots.model import Mount
+from tests.harness.machine import unmount, until
 
 MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC = 1, 32, 4096, 16384
 _PAGE = 4096
@@ -58,9 +59,8 @@ def mounted(mounts: Sequence[Mount], directory: Path) -> Iterator[Path]:
             count += 1
         yield target
     finally:
-        for _ in range(count):
-            if _libc.umount2(os.fsencode(target), 0):
-                raise OSError(ctypes.get_errno(), "umount", str(target))
+        for _ in range(count):  # somebody else on this machine may look into it at this moment
+            until(lambda: unmount(str(target)), f"{target} is unmounted", 10)
         target.rmdir()
 
 

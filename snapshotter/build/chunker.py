@@ -38,7 +38,7 @@ class Codec:
     def parse(cls, text: str) -> Self:
         """`zstd`, `zstd:1` … `zstd:19`, `lz4` or `none`. Raises InvalidArgument."""
         name, _, level = text.partition(":")
-        if name == "zstd" and (not level or (level.isdigit() and 1 <= int(level) <= 19)):
+        if name == "zstd" and (not level or (level.isascii() and level.isdigit() and 1 <= int(level) <= 19)):
             return cls(chunk.CODEC_ZSTD, int(level or 3))
         if text == "lz4":
             return cls(chunk.CODEC_LZ4)

@@ -1,4 +1,4 @@
-"""`Digest`: a checked `sha256:<64 hex>` string, the only digest algorithm accepted here (OCI image-spec descriptor.md)."""
+"""`Digest`: a checked `sha256:<64 hex>` string, the only algorithm accepted here (OCI image-spec descriptor.md)."""
 
 import hashlib
 import re

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def read_regular(path: Path, limit: int) -> bytes | None:
-    """Content of a regular file of at most `limit` bytes; None for anything else: missing, longer, link, fifo, error."""
+    """Content of a regular file of at most `limit` bytes; None for anything else: missing, longer, link, fifo, …"""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -46,7 +46,14 @@ def test_a_directory_entry_for_image_may_precede() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["image/other", "image.boot", "../image/image.boot", "/image/image.boot", f"image/{BLOB.upper()}.keys", "image/a/b"],
+    [
+        "image/other",
+        "image.boot",
+        "../image/image.boot",
+        "/image/image.boot",
+        f"image/{BLOB.upper()}.keys",
+        "image/a/b",
+    ],
 )
 def test_any_other_name_is_refused(name: str) -> None:
     with pytest.raises(MalformedImage, match="unexpected member"):

@@ -32,7 +32,8 @@ _COMPRESSIONS = FLAG_COMPRESSION_NONE | FLAG_COMPRESSION_LZ4 | FLAG_COMPRESSION_
 _HASHES = FLAG_HASH_BLAKE3 | FLAG_HASH_SHA256
 _IGNORABLE = 0xFC00_0000  # reserved for features that may be ignored
 _KNOWN_FLAGS = 0x1FF | FLAG_ENCRYPTION_NONE | FLAG_SEALED | _IGNORABLE
-_SEALED_FLAGS = FLAG_SEALED | _COMPRESSIONS | FLAG_HASH_BLAKE3 | FLAG_EXPLICIT_UID_GID | FLAG_HAS_XATTR
+_SEALED_REQUIRED = FLAG_SEALED | FLAG_HASH_BLAKE3 | FLAG_EXPLICIT_UID_GID
+_SEALED_FLAGS = _SEALED_REQUIRED | (_COMPRESSIONS & ~FLAG_COMPRESSION_GZIP) | FLAG_HAS_XATTR
 
 EXTENDED = struct.Struct("<QQIIQQQII200s")
 RECORD = struct.Struct("<32sIIIIQQQII")
@@ -153,8 +154,12 @@ class Bootstrap:
         for mask in (_COMPRESSIONS, _HASHES):
             if (self.flags & mask).bit_count() != 1:
                 raise MalformedImage(f"bootstrap: contradicting flags {self.flags:#x}")
-        if self.sealed and (self.flags & ~_SEALED_FLAGS or reserved or not self._plain_superblock):
-            raise MalformedImage("bootstrap: not sealed format version 1: reserved fields are in use")
+        if not self.sealed:
+            return
+        if self.flags & ~_SEALED_FLAGS or self.flags & _SEALED_REQUIRED != _SEALED_REQUIRED:
+            raise MalformedImage(f"bootstrap: flags {self.flags:#x} are not those of sealed format version 1")
+        if reserved or not self._plain_superblock:
+            raise MalformedImage("bootstrap: reserved fields of a sealed image are in use")
 
     def _parse_blobs(self) -> None:
         if self._blob_count != self._devices or self._blob_count > min(self.limits.layers, MAX_BLOBS):

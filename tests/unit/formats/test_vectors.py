@@ -1,6 +1,7 @@
 """The published vectors: what they say is what the package reads, and what it would write again."""
 
 import base64
+import copy
 import hashlib
 import json
 import zlib
@@ -33,8 +34,9 @@ def files(vectors: dict[str, Any]) -> dict[str, bytes]:
 
 def test_the_same_input_gives_the_published_bytes(vectors: dict[str, Any]) -> None:
     again = json.loads(json.dumps(make_formats.make()))
-    for packed in (*again["files"].values(), *vectors["files"].values()):
-        del packed["zlib"]  # another zlib may pack otherwise; size and digest remain
+    for made in (again, vectors := copy.deepcopy(vectors)):
+        for packed in made["files"].values():
+            del packed["zlib"]  # another zlib may pack otherwise; size and digest remain
     assert again == vectors
 
 

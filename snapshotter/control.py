@@ -272,8 +272,18 @@ def _log() -> logging.Logger:
 
 def peer_is_root(sock: socket.socket) -> bool:
     """Whether the process that connected `sock` is root (or ourselves, where tests run without root)."""
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return uid in (0, os.geteuid())
+    return _credentials(sock)[1] in (0, os.geteuid())
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """The process that connected `sock`; 0 if it is in a process namespace that we do not see into."""
+    return _credentials(sock)[0]
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group of the peer at connect(2)."""
+    pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid, gid
 
 
 async def _send_async(sock: socket.socket, message: Message, fds: Sequence[int]) -> None:

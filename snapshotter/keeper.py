@@ -98,7 +98,7 @@ class Keeper:
         fds: list[int] = []
         try:
             message, fds = control.receive(peer)
-            for answer, attached in self._answers(message, fds):
+            for answer, attached in self._answers(message, fds, control.peer_pid(peer)):
                 control.send(peer, answer, attached)
         except (EOFError, OSError):
             self.loop.forget(peer)
@@ -106,7 +106,7 @@ class Keeper:
         finally:
             control.close_all(fds)
 
-    def _answers(self, message: control.Message, fds: list[int]) -> Iterator[control.Reply]:
+    def _answers(self, message: control.Message, fds: list[int], pid: int) -> Iterator[control.Reply]:
         op, name = message.get("op"), str(message.get("name"))
         if op == "list":
             yield from [({"name": held}, [fd]) for held, fd in self.store.items()]
@@ -117,7 +117,8 @@ class Keeper:
             yield {}, ()
         elif op == "ready":
             for worker in self.workers:
-                worker.ready |= worker.name == name
+                if worker.name == name:
+                    worker.announced(pid)
             self._announce()
             yield {}, ()
         elif op == "status":

@@ -73,6 +73,15 @@ class Worker:
         log("info", "worker adopted", worker=self.name, pid=pid, descriptors=len(found))
         return found
 
+    def announced(self, pid: int) -> None:
+        """`pid` says that it serves."""
+        if pid == self.pid:
+            self.ready = True
+        elif control.lock_holder(self._lock) == pid:
+            # Started by an earlier keeper, it took the lock after we had looked, and our own child waits for it.
+            log("warning", "worker of an earlier keeper is replaced", worker=self.name, pid=pid)
+            os.kill(pid, signal.SIGKILL)
+
     def kill(self, number: int) -> None:
         if self.pid:
             signal.pidfd_send_signal(self.pidfd, number)

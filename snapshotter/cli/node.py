@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,16 +61,17 @@ def load_config(arguments: argparse.Namespace) -> tuple[Path | None, "Config"]:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Check everything that can be wrong from the start, then become the keeper: same pid, a fraction of the memory."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the keeper handles it: there is nothing to reload yet
     from snapshotter import log
     from snapshotter.image.policy import ImagePolicy
-    from snapshotter.keys.provider import FileKeys
+    from snapshotter.keys import configured
     from snapshotter.mounts import placement
 
     path, config = load_config(arguments)
     log.configure("error", config.log.format)  # the workers say the rest
     placement.check(config)
     ImagePolicy.of(config.mode, config.policy)
-    FileKeys(config.keys.files)
+    configured.provider(config.keys)
     flags = ["--root", config.root, "--cache", config.cache_dir, "--address", config.address]
     flags += ["--config", str(path)] if path else []
     # -P keeps the working directory out of the import path; this package is found where it was found now.

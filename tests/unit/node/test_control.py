@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -153,14 +154,15 @@ async def test_bug_in_a_handler_is_answered_and_logged(server: Server, caplog: p
 
 @pytest.mark.root
 async def test_other_users_are_not_served(server: Server) -> None:
-    for path in (server.path, *server.path.parents):
-        if path.is_relative_to("/tmp") and path != Path("/tmp"):
-            path.chmod(0o777)
-    os.seteuid(65534)  # the peer's credentials are those of the moment of connect(2)
-    try:
-        client = control.connect(server.path, 10)
-    finally:
-        os.seteuid(0)
+    with tempfile.TemporaryDirectory() as directory:  # where another user gets at all
+        os.chmod(directory, 0o711)
+        path = server.path.rename(Path(directory, "s"))
+        path.chmod(0o666)
+        os.seteuid(65534)  # the peer's credentials are those of the moment of connect(2)
+        try:
+            client = control.connect(path, 10)
+        finally:
+            os.seteuid(0)
     with client:
         control.send(client, {"op": "ignore"})
         with pytest.raises((EOFError, ConnectionResetError)):

@@ -163,6 +163,25 @@ def test_start_after_everything_was_killed(node: Node) -> None:
     assert node.reachable()
 
 
+def test_worker_of_an_earlier_keeper_that_was_not_seen_is_replaced(node: Node) -> None:
+    """A keeper may die before the worker that it has just started holds its lock; the next one sees no worker."""
+    node.keeper.signal(signal.SIGSTOP)
+    node_pid = control.lock_holder(node.root / "snapshotd.lock")
+    assert node_pid
+    os.kill(node_pid, signal.SIGKILL)
+    worker = Path(__file__).with_name("fake_worker.py")
+    orphan = Process(
+        node.work,
+        "orphan",
+        [sys.executable, "-P", worker, "snapshotd", node.root],
+        environment={"PYTHONPATH": str(CHECKOUT)},
+    )
+    until(lambda: control.lock_holder(node.root / "snapshotd.lock") == orphan.pid, "the orphan has the lock", 10)
+    node.keeper.signal(signal.SIGCONT)
+    assert orphan.wait() == -signal.SIGKILL
+    until(node.ready, "snapshotd answers", 10)
+
+
 def test_second_keeper_on_the_same_root_is_refused(node: Node) -> None:
     second = node.spawn()
     assert second.wait() == 5

@@ -34,11 +34,39 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of all sections: immutable, refuses unknown keys."""
 
 
+class Kbs(Section, frozen=True):
+    """A key broker service that is asked directly."""
+
+    url: str = ""  # "" = none
+    ca_file: str = ""  # PEM of the only authorities to trust; "" = the system's
+    attester: Literal["agent", "rest"] = "agent"
+    agent_socket: str = "/run/confidential-containers/attestation-agent/attestation-agent.sock"
+    rest_url: str = "http://127.0.0.1:8006"
+    tee: str = ""  # for attester "rest"
+    insecure_sample_attester: bool = False
+    tee_key: Literal["P-256", "P-521", "RSA"] = "P-256"
+    init_data: str = ""  # path of the initdata TOML; "" = none is sent
+    token_signer: str = ""  # path of a PEM certificate or public key (P-256); "" = not checked against one
+    timeout_seconds: float = 60.0  # of one key, with all retries
+    retries: int = 5
+    cache_seconds: float = 300.0  # a released key is kept in memory; 0 = not
+
+
+class Cdh(Section, frozen=True):
+    """A Confidential Data Hub in this guest."""
+
+    address: str = ""  # "unix:///…" (ttrpc) or "http://127.0.0.1:8006" (REST); "" = none
+    unwrap: Literal["cdh", "here"] = "cdh"  # who opens wrapped layer keys
+
+
 class Keys(Section, frozen=True):
     """Where private keys come from."""
 
     files: tuple[str, ...] = ()  # PEM (PKCS#8, PKCS#1, SEC1), unencrypted
     ocicrypt_config: str = ""  # path of an ocicrypt key provider configuration; "" = none
+    accept_a256ctr: bool = False
+    kbs: Kbs = Kbs()
+    cdh: Cdh = Cdh()
 
 
 class Policy(Section, frozen=True):

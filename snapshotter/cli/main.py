@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapshotter import __version__
-from snapshotter.cli import image, node
+from snapshotter.cli import image, kbs, node
 from snapshotter.errors import SnapshotterError
 
 _DESCRIPTION = """\
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     node.register(commands)
     image.register(commands)
+    kbs.register(commands)
     return top
 
 

@@ -1,0 +1,110 @@
+"""Keys from a Confidential Data Hub (CDH) that runs in this guest.
+
+Over its ttrpc socket it opens packets itself (UnWrapKey, so it may ask any key service it knows) or hands out the KEK
+(GetResource); over the guest's REST endpoint it does the latter.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from snapshotter import config
+from snapshotter.config import Limits
+from snapshotter.crypto.layer import LayerPrivate
+from snapshotter.crypto.secret import SecretBytes
+from snapshotter.errors import ConfigError, KeyDenied, Unavailable
+from snapshotter.keys import annotations as enc
+from snapshotter.keys import packet, protocol, ttrpc
+from snapshotter.keys.http import KeyService
+from snapshotter.keys.packet import PacketKeys
+from snapshotter.keys.protocol import ProviderKeys
+from snapshotter.keys.provider import KeyProvider
+from snapshotter.keys.resource import RESOURCE_BYTES, ResourceUri, denying
+from snapshotter.registry.retry import Clock, SystemClock, Transient
+
+_UNIX: Final = "unix://"
+
+
+class CdhKeys:
+    """CDH opens the packets."""
+
+    def __init__(self, client: ttrpc.Client, *, accept_a256ctr: bool = False) -> None:
+        self._packets = ProviderKeys({"attestation-agent": CdhUnwrapper(client)})
+        self._accept_a256ctr = accept_a256ctr
+
+    async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
+        """See KeyProvider. CDH would open an unauthenticated packet without a word, so it is not asked to."""
+        enc.check_size(annotations, limits)
+        if not self._accept_a256ctr:
+            for raw in enc.packets(annotations, packet.ANNOTATION, limits):
+                packet.check_authenticated(raw)
+        return await self._packets.unwrap(annotations, limits)
+
+
+class CdhUnwrapper:
+    """An endpoint of the key provider protocol: CDH's UnWrapKey."""
+
+    def __init__(self, client: ttrpc.Client) -> None:
+        self._client = client
+
+    async def call(self, request: bytes) -> bytes:
+        """See protocol.Endpoint."""
+        service, method = protocol.UNWRAP_METHOD.strip("/").split("/")
+        answer = await self._client.call(service, method, ttrpc.bytes_field(1, request))
+        with denying("CDH"):
+            return ttrpc.last_bytes(ttrpc.parse(answer), 1)
+
+
+class CdhResources:
+    """CDH's GetResource over ttrpc."""
+
+    def __init__(self, client: ttrpc.Client) -> None:
+        self._client = client
+
+    async def get(self, uri: ResourceUri) -> SecretBytes:
+        """See Resources."""
+        answer = await self._client.call("api.GetResourceService", "GetResource", ttrpc.text_field(1, str(uri)))
+        with denying("CDH"):
+            return _resource(ttrpc.last_bytes(ttrpc.parse(answer), 1), uri)
+
+
+class CdhRestResources:
+    """GET /cdh/resource/… of api-server-rest, loopback only."""
+
+    def __init__(self, url: str, clock: Clock, timeout_seconds: float = ttrpc.TIMEOUT_SECONDS) -> None:
+        """Raises ConfigError."""
+        self._service = KeyService(url, clock, option="keys.cdh.address", loopback_only=True)
+        self._clock = clock
+        self._timeout_seconds = timeout_seconds
+
+    async def get(self, uri: ResourceUri) -> SecretBytes:
+        """See Resources. A 500 is how it says no, and how it says that the KBS is away."""
+        deadline = self._clock.monotonic() + self._timeout_seconds
+        path = f"/cdh/resource/{uri.path}"
+        try:
+            reply = await self._service.call("GET", path, deadline=deadline, limit=RESOURCE_BYTES)
+        except Transient as error:
+            raise Unavailable(f"CDH {error}") from None
+        if reply.status != 200:
+            raise KeyDenied(f"CDH {self._service.name}: {uri}: answers {reply.status}")
+        return _resource(reply.body, uri)
+
+
+def provider(settings: config.Cdh, *, accept_a256ctr: bool) -> KeyProvider:
+    """The provider behind `settings.address`. Raises ConfigError."""
+    if not settings.address.startswith(_UNIX):
+        if settings.unwrap != "here":
+            raise ConfigError('config: keys.cdh.unwrap: must be "here" with a REST address, which only has resources')
+        return PacketKeys(CdhRestResources(settings.address, SystemClock()), accept_a256ctr=accept_a256ctr)
+    path = settings.address.removeprefix(_UNIX)
+    if not path.startswith("/"):
+        raise ConfigError("config: keys.cdh.address: must be unix:///path or http://127.0.0.1:port")
+    client = ttrpc.Client(path)
+    if settings.unwrap == "here":
+        return PacketKeys(CdhResources(client), accept_a256ctr=accept_a256ctr)
+    return CdhKeys(client, accept_a256ctr=accept_a256ctr)
+
+
+def _resource(raw: bytes, uri: ResourceUri) -> SecretBytes:
+    if not raw or len(raw) > RESOURCE_BYTES:
+        raise KeyDenied(f"CDH: {uri}: is empty or longer than {RESOURCE_BYTES} bytes")
+    return SecretBytes(raw)

@@ -1,0 +1,164 @@
+"""Evidence from the guest's services."""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from snapshotter.errors import ConfigError, KeyDenied, Unavailable
+from snapshotter.keys.attesters import AgentAttester, RestAttester, SampleAttester
+from snapshotter.registry.retry import SystemClock
+from tests.harness.ttrpc import TtrpcServer, field, first_field
+
+AGENT = "attestation_agent.AttestationAgentService"
+DATA = bytes(range(48))
+
+
+class Agent:
+    """An attestation agent; evidence repeats the runtime data."""
+
+    def __init__(self, path: Path) -> None:
+        self.tee = b"snp"
+        self.devices = b""
+        self.evidence = lambda data: json.dumps({"report": base64.b64encode(data).decode()}).encode()
+        methods = {
+            "GetTeeType": self.get_tee,
+            "GetEvidence": self.get_evidence,
+            "GetAdditionalTees": self.get_devices,
+            "GetAdditionalEvidence": self.get_device_evidence,
+        }
+        self.server = TtrpcServer(path, {(AGENT, name): method for name, method in methods.items()})
+
+    async def get_tee(self, _: bytes) -> tuple[int, bytes]:
+        return 0, field(1, self.tee)
+
+    async def get_devices(self, _: bytes) -> tuple[int, bytes]:
+        return 0, field(1, self.devices) if self.devices else b""
+
+    async def get_evidence(self, request: bytes) -> tuple[int, bytes]:
+        return 0, field(1, self.evidence(first_field(request, 1)))
+
+    async def get_device_evidence(self, request: bytes) -> tuple[int, bytes]:
+        return 0, field(1, b'{"nvidia":"' + base64.b64encode(first_field(request, 1)) + b'"}')
+
+
+@pytest.fixture
+async def agent(tmp_path: Path) -> AsyncIterator[Agent]:
+    made = Agent(tmp_path / "agent.sock")
+    async with made.server:
+        yield made
+
+
+async def test_the_agent_over_ttrpc(agent: Agent) -> None:
+    attester = AgentAttester(str(agent.server.path))
+    assert await attester.tee() == "snp"
+    assert await attester.evidence(DATA) == {"report": base64.b64encode(DATA).decode()}
+    assert await attester.additional_evidence(DATA) == ""
+    agent.devices = b"nvidia"
+    assert json.loads(await attester.additional_evidence(DATA)) == {"nvidia": base64.b64encode(DATA).decode()}
+
+
+async def test_an_agent_from_before_devices(agent: Agent) -> None:
+    del agent.server.handlers[AGENT, "GetAdditionalTees"]
+    assert await AgentAttester(str(agent.server.path)).additional_evidence(DATA) == ""
+
+
+@pytest.mark.parametrize("tee", [b"sample", b"sampledevice", b"", b"other", b"\xff"])
+async def test_an_agent_without_a_tee_is_not_used(agent: Agent, tee: bytes) -> None:
+    agent.tee = tee
+    with pytest.raises(KeyDenied):
+        await AgentAttester(str(agent.server.path)).tee()
+
+
+@pytest.mark.parametrize("evidence", [b"", b"[]", b"{", b"x" * (2 << 20)], ids=["empty", "list", "cut", "long"])
+async def test_evidence_that_is_none(agent: Agent, evidence: bytes) -> None:
+    agent.evidence = lambda _: evidence
+    with pytest.raises(KeyDenied, match="attestation agent"):
+        await AgentAttester(str(agent.server.path)).evidence(DATA)
+
+
+async def test_an_agent_that_is_away(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable):
+        await AgentAttester(str(tmp_path / "absent")).tee()
+
+
+class Rest:
+    """api-server-rest with feature attestation."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.device_status = 200
+        self.devices = b""
+        self.url = ""
+
+    async def evidence(self, request: web.Request) -> web.Response:
+        assert request.query["encoding"] == "base64"
+        data = base64.urlsafe_b64decode(request.query["runtime_data"] + "==")
+        return web.json_response({"report": base64.b64encode(data).decode()}, status=self.status)
+
+    async def additional(self, _: web.Request) -> web.Response:
+        return web.Response(status=self.device_status, body=self.devices)
+
+
+@pytest.fixture
+async def rest() -> AsyncIterator[Rest]:
+    made, app = Rest(), web.Application()
+    app.router.add_get("/aa/evidence", made.evidence)
+    app.router.add_get("/aa/additional-evidence", made.additional)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield made
+    await runner.cleanup()
+
+
+def over_rest(url: str, tee: str = "tdx", seconds: float = 10.0) -> RestAttester:
+    return RestAttester(url, tee, SystemClock(), seconds)
+
+
+async def test_the_endpoint_over_rest(rest: Rest) -> None:
+    attester = over_rest(rest.url)
+    assert await attester.tee() == "tdx"
+    assert await attester.evidence(DATA) == {"report": base64.b64encode(DATA).decode()}
+    assert await attester.additional_evidence(DATA) == ""
+    rest.devices = b'{"nvidia":{}}'
+    assert await attester.additional_evidence(DATA) == '{"nvidia":{}}'
+    rest.device_status = 404
+    assert await attester.additional_evidence(DATA) == ""
+
+
+async def test_an_endpoint_that_refuses_or_fails(rest: Rest) -> None:
+    rest.status = rest.device_status = 403
+    for ask in (over_rest(rest.url).evidence, over_rest(rest.url).additional_evidence):
+        with pytest.raises(KeyDenied, match="403"):
+            await ask(DATA)
+    rest.status = 500
+    with pytest.raises(Unavailable, match="500"):
+        await over_rest(rest.url).evidence(DATA)
+
+
+@pytest.mark.parametrize(
+    ("url", "tee"),
+    [
+        ("http://192.0.2.1:8006", "snp"),
+        ("https://kbs.example", "snp"),
+        ("http://127.0.0.1:8006", ""),
+        ("http://127.0.0.1:8006", "sample"),
+        ("http://127.0.0.1:8006/aa", "snp"),
+        ("unix:///x", "snp"),
+        ("http://user:secret@127.0.0.1:8006", "snp"),
+    ],
+)
+def test_endpoints_that_are_not_this_machines(url: str, tee: str) -> None:
+    with pytest.raises(ConfigError, match=r"keys\.kbs"):
+        over_rest(url, tee)
+
+
+async def test_sample_evidence_is_what_a_kbs_expects() -> None:
+    attester: Any = SampleAttester()
+    assert await attester.evidence(DATA) == {"svn": "1", "report_data": base64.b64encode(DATA).decode()}

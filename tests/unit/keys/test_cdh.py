@@ -1,0 +1,191 @@
+"""Keys from a Confidential Data Hub, over ttrpc and REST."""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from snapshotter.config import Cdh, Keys, Limits
+from snapshotter.crypto.secret import SecretBytes
+from snapshotter.errors import ConfigError, KeyDenied, MalformedImage, SnapshotterError, Unavailable
+from snapshotter.keys import cdh, configured, ocicrypt, packet
+from snapshotter.keys.packet import Kek, Packet
+from snapshotter.keys.provider import KeyProvider
+from snapshotter.keys.resource import ResourceUri
+from tests.harness.ttrpc import TtrpcServer, field, first_field
+
+URI = ResourceUri("default", "image-kek", "one")
+KEY = b"canary-canary-canary-canary-can!"
+PLAIN = b"layer content"
+
+
+class Hub:
+    """CDH with one resource."""
+
+    def __init__(self, path: Path) -> None:
+        self.resource = KEY
+        self.reply: bytes | None = None
+        self.server = TtrpcServer(
+            path,
+            {
+                ("api.GetResourceService", "GetResource"): self.get,
+                ("keyprovider.KeyProviderService", "UnWrapKey"): self.unwrap,
+            },
+        )
+
+    async def get(self, request: bytes) -> tuple[int, bytes]:
+        if first_field(request, 1).decode() != str(URI):
+            return 13, b"[CDH] [ERROR]: canary"
+        return 0, field(1, self.resource)
+
+    async def unwrap(self, request: bytes) -> tuple[int, bytes]:
+        if self.reply is not None:
+            return 0, field(1, self.reply)
+        asked = json.loads(first_field(request, 1))
+        assert asked["op"] == "keyunwrap"
+        found = Packet.parse(base64.b64decode(asked["keyunwrapparams"]["annotation"]))
+        try:
+            options = found.open(SecretBytes(self.resource)).expose()
+        except KeyDenied:
+            return 13, b"[CDH] [ERROR]: canary"
+        return 0, field(1, json.dumps({"keyunwrapresults": {"optsdata": list(options)}}).encode())
+
+
+@pytest.fixture
+async def hub(tmp_path: Path) -> AsyncIterator[Hub]:
+    made = Hub(tmp_path / "cdh.sock")
+    async with made.server:
+        yield made
+
+
+def provider(address: str, unwrap: Any = "here") -> KeyProvider:
+    return cdh.provider(Cdh(address=address, unwrap=unwrap), accept_a256ctr=False)
+
+
+def sealed(uri: ResourceUri = URI, key: bytes = KEY) -> tuple[bytes, dict[str, str]]:
+    return ocicrypt.encrypt_layer(PLAIN, [Kek(uri, SecretBytes(key))])
+
+
+@pytest.mark.parametrize(("unwrap", "method"), [("cdh", "UnWrapKey"), ("here", "GetResource")])
+async def test_layers_open_over_ttrpc(hub: Hub, unwrap: str, method: str) -> None:
+    keys = provider(f"unix://{hub.server.path}", unwrap)
+    assert await ocicrypt.decrypt_layer(*sealed(), keys, Limits()) == PLAIN
+    assert hub.server.calls == [method]
+
+
+@pytest.mark.parametrize("unwrap", ["cdh", "here"])
+async def test_what_cdh_refuses(hub: Hub, unwrap: str, caplog: pytest.LogCaptureFixture) -> None:
+    keys = provider(f"unix://{hub.server.path}", unwrap)
+    with caplog.at_level("DEBUG"):
+        for made in (sealed(ResourceUri("a", "b", "c"), bytes(32)), sealed(key=bytes(32))):
+            with pytest.raises(KeyDenied) as caught:
+                await ocicrypt.decrypt_layer(*made, keys, Limits())
+            assert "canary" not in repr(caught.value)
+    assert "canary" not in caplog.text
+
+
+@pytest.mark.parametrize("unwrap", ["cdh", "here"])
+async def test_a_cdh_that_is_away(tmp_path: Path, unwrap: str) -> None:
+    with pytest.raises(Unavailable):
+        await ocicrypt.decrypt_layer(*sealed(), provider(f"unix://{tmp_path}/absent", unwrap), Limits())
+
+
+async def test_cdh_is_not_asked_to_open_what_is_not_authenticated(hub: Hub) -> None:
+    cipher, annotations = sealed()
+    value = json.loads(base64.b64decode(annotations[packet.ANNOTATION]))
+    for changes in ({"wrap_type": "A256CTR"}, {"wrap_type": "a256ctr"}, {"wrap_type": None}, {"wrap_type": [1]}):
+        text = base64.b64encode(json.dumps(value | changes).encode()).decode()
+        with pytest.raises(KeyDenied, match="not authenticated"):
+            await ocicrypt.decrypt_layer(
+                cipher, annotations | {packet.ANNOTATION: text}, provider(f"unix://{hub.server.path}", "cdh"), Limits()
+            )
+    assert not hub.server.calls
+
+
+@pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b'{"keyunwrapresults":{"optsdata":[256]}}', b"\xff"])
+async def test_replies_to_unwrap_of_another_form(hub: Hub, raw: bytes) -> None:
+    hub.reply = raw
+    with pytest.raises(MalformedImage):
+        await ocicrypt.decrypt_layer(*sealed(), provider(f"unix://{hub.server.path}", "cdh"), Limits())
+
+
+@pytest.mark.parametrize("resource", [b"", b"x", bytes(33), bytes(3 << 20)], ids=len)
+async def test_resources_that_are_no_key(hub: Hub, resource: bytes) -> None:
+    hub.resource = resource
+    with pytest.raises(KeyDenied):
+        await ocicrypt.decrypt_layer(*sealed(), provider(f"unix://{hub.server.path}"), Limits())
+
+
+class Rest:
+    """api-server-rest with feature resource."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.body = KEY
+        self.paths: list[str] = []
+        self.url = ""
+
+    async def get(self, request: web.Request) -> web.Response:
+        self.paths.append(request.path)
+        return web.Response(status=self.status, body=self.body)
+
+
+@pytest.fixture
+async def rest() -> AsyncIterator[Rest]:
+    made, app = Rest(), web.Application()
+    app.router.add_get("/{path:.*}", made.get)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield made
+    await runner.cleanup()
+
+
+async def test_layers_open_over_rest(rest: Rest) -> None:
+    assert await ocicrypt.decrypt_layer(*sealed(), provider(rest.url), Limits()) == PLAIN
+    assert rest.paths == ["/cdh/resource/default/image-kek/one"]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, KeyDenied), (403, KeyDenied), (404, KeyDenied), (302, KeyDenied), (500, Unavailable)]
+)
+async def test_what_rest_answers(rest: Rest, status: int, kind: type[SnapshotterError]) -> None:
+    rest.status = status
+    with pytest.raises(kind, match=str(status)) as caught:
+        await ocicrypt.decrypt_layer(*sealed(), provider(rest.url), Limits())
+    assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 33, bytes(3 << 20)], ids=len)
+async def test_rest_bodies_that_are_no_key(rest: Rest, body: bytes) -> None:
+    rest.body = body
+    with pytest.raises(KeyDenied):
+        await ocicrypt.decrypt_layer(*sealed(), provider(rest.url), Limits())
+
+
+@pytest.mark.parametrize(
+    ("address", "unwrap"),
+    [
+        ("unix://relative", "cdh"),
+        ("http://127.0.0.1:8006", "cdh"),
+        ("http://192.0.2.1:8006", "here"),
+        ("https://cdh.example", "here"),
+        ("/run/cdh.sock", "here"),
+        ("http://127.0.0.1:8006/cdh", "here"),
+    ],
+)
+def test_addresses_that_are_not_this_guests(address: str, unwrap: str) -> None:
+    with pytest.raises(ConfigError, match=r"keys\.cdh"):
+        provider(address, unwrap)
+
+
+async def test_the_configuration_names_a_hub(hub: Hub) -> None:
+    keys = Keys(cdh=Cdh(address=f"unix://{hub.server.path}"))
+    assert configured.any_configured(keys)
+    assert await ocicrypt.decrypt_layer(*sealed(), configured.provider(keys), Limits()) == PLAIN
+    assert not configured.any_configured(Keys())

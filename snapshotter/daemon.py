@@ -24,7 +24,7 @@ from snapshotter.bootstrap.loader import Loader
 from snapshotter.errors import InvalidArgument, SnapshotterError
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
-from snapshotter.keys.provider import FileKeys
+from snapshotter.keys import configured
 from snapshotter.log import configure
 from snapshotter.mounts.drivers import ErofsMounter
 from snapshotter.mounts.mountinfo import read_mounts
@@ -55,7 +55,7 @@ class Daemon:
         policy = ImagePolicy.of(settings.mode, settings.policy)
         loader = Loader(
             registry,
-            FileKeys(settings.keys.files),
+            configured.provider(settings.keys),
             Path(settings.cache_dir),
             settings.limits,
             must_be_sealed=policy.must_be_sealed,

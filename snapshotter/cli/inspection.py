@@ -18,6 +18,7 @@ from snapshotter.formats import blobmeta
 from snapshotter.formats.rafs6_tree import TreeEntry, walk
 from snapshotter.image.manifest import ResolvedImage
 from snapshotter.image.resolver import LazyImage, OrdinaryImage
+from snapshotter.keys.configured import any_configured
 from snapshotter.ondemand.attachment import BlobDevice
 from snapshotter.registry.transport import open_location, parse_location
 
@@ -30,7 +31,7 @@ async def run(arguments: argparse.Namespace, config: Config) -> int:
     async with open_location(location, config) as source:
         resolved, image = await resolve(source, location.reference, arguments.platform, config)
         opened = None
-        if isinstance(image, LazyImage) and (keys or config.keys.files or not image.encrypted):
+        if isinstance(image, LazyImage) and (keys or any_configured(config.keys) or not image.encrypted):
             opened = await open_image(source, image, keys, config)
     document = _outside(str(location), resolved, image)
     if opened is not None:

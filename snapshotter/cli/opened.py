@@ -14,7 +14,7 @@ from snapshotter.formats.rafs6 import Bootstrap
 from snapshotter.image.manifest import ResolvedImage, fetch_image
 from snapshotter.image.policy import Admission
 from snapshotter.image.resolver import LazyImage, OrdinaryImage, plan
-from snapshotter.keys import ocicrypt
+from snapshotter.keys import configured, ocicrypt
 from snapshotter.keys.provider import FileKeys
 from snapshotter.ondemand.attachment import BlobDevice
 from snapshotter.registry.reference import Reference
@@ -54,7 +54,7 @@ async def open_image(source: ImageSource, image: LazyImage, keys: Sequence[Path 
         image.source, descriptor.digest, descriptor.size, limits.bootstrap_bytes
     )
     if descriptor.media_type.endswith(labels.ENCRYPTED_SUFFIX):
-        provider = FileKeys(keys or config.keys.files)
+        provider = FileKeys(keys) if keys else configured.provider(config.keys)
         layer = await ocicrypt.decrypt_layer(layer, descriptor.annotations, provider, limits)
     opened = open_layer(image, layer, limits)
     sizes = {blob.digest.hex: blob.size for blob in image.blobs}

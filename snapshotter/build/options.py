@@ -8,7 +8,10 @@ from typing import Literal, TypeAlias
 from snapshotter.build.chunker import DEFAULT_CHUNK_SIZE, DEFAULT_CODEC, Codec, check_chunk_size
 from snapshotter.crypto.chunk import domain_secret_public
 from snapshotter.crypto.secret import SecretBytes
-from snapshotter.errors import InvalidArgument
+from snapshotter.errors import InvalidArgument, MalformedImage
+from snapshotter.keys.ocicrypt import Recipient
+from snapshotter.keys.packet import KEK_BYTES, Kek
+from snapshotter.keys.resource import ResourceUri
 
 Domain: TypeAlias = Literal["image", "tenant", "public"]
 _HEX_SECRET = re.compile(rb"[0-9a-fA-F]{64}\n?")
@@ -20,7 +23,7 @@ _MAX_SECONDS = 253_402_300_799  # the year 9999, where RFC 3339 ends
 class Options:
     """Either `recipients` (a sealed image) or `plain` (a Nydus image that is not confidential)."""
 
-    recipients: tuple[bytes, ...] = ()  # SPKI PEM
+    recipients: tuple[Recipient, ...] = ()
     plain: bool = False
     domain: Domain = "image"
     secret: SecretBytes = field(repr=False)  # S of the domain; unused when plain
@@ -36,8 +39,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.plain == bool(self.recipients):
             raise InvalidArgument(
-                "choose what to make: give --recipient jwe:PUBLIC.pem for a sealed image (once per reader), "
-                "or --plain for a Nydus image that everybody can read"
+                "choose what to make: give --recipient jwe:PUBLIC.pem or kbs:///repository/type/tag=KEKFILE for a "
+                "sealed image (once per reader), or --plain for a Nydus image that everybody can read"
             )
         check_chunk_size(self.chunk_size)
         if not 0 <= self.created <= _MAX_SECONDS:
@@ -64,16 +67,34 @@ def convergence_secret(domain: str, path: Path | None, random: bytes) -> SecretB
     raise InvalidArgument(f"convergence secret {path}: must be 32 raw bytes or 64 hex digits")
 
 
-def load_recipient(text: str) -> bytes:
-    """The PEM behind `jwe:PUBLIC.pem`. Raises InvalidArgument."""
-    scheme, _, path = text.partition(":")
-    if scheme != "jwe" or not path:
-        raise InvalidArgument(f"recipient {text!r}: write jwe:PUBLIC.pem")
+def load_recipient(text: str) -> Recipient:
+    """What `jwe:PUBLIC.pem` or `kbs:///repository/type/tag=KEKFILE` stands for. Raises InvalidArgument."""
+    scheme, _, rest = text.partition(":")
+    if scheme == "kbs" and "=" in rest:
+        return _kek(text)
+    if scheme != "jwe" or not rest:
+        raise InvalidArgument(f"recipient {text!r}: write jwe:PUBLIC.pem or kbs:///repository/type/tag=KEKFILE")
+    pem = _read(rest, _MAX_PEM)
+    if b"PRIVATE" in pem:
+        raise InvalidArgument(f"recipient {rest}: this is a private key; give the public one")
+    return pem
+
+
+def _kek(text: str) -> Kek:
+    name, _, path = text.partition("=")
+    try:
+        uri = ResourceUri.parse(name)
+    except MalformedImage as error:
+        raise InvalidArgument(f"recipient {name!r}: {error}") from None
+    key = _read(path, KEK_BYTES + 1)
+    if len(key) != KEK_BYTES:
+        raise InvalidArgument(f"recipient {name}: {path} must be {KEK_BYTES} bytes, exactly as the key broker has them")
+    return Kek(uri, SecretBytes(key))
+
+
+def _read(path: str, limit: int) -> bytes:
     try:
         with Path(path).open("rb") as file:
-            pem = file.read(_MAX_PEM)
+            return file.read(limit)
     except OSError as error:
         raise InvalidArgument(f"recipient {path}: {error.strerror}") from error
-    if b"PRIVATE" in pem:
-        raise InvalidArgument(f"recipient {path}: this is a private key; give the public one")
-    return pem

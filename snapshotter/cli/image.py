@@ -57,7 +57,14 @@ def _register_convert(commands: "Commands") -> None:
     add = convert.add_argument
     add("source", metavar="SRC", help="image to read")
     add("target", metavar="DST", help="image to write")
-    add("--recipient", action="append", default=[], metavar="jwe:PUB.pem", help="who can read it; may be repeated")
+    add(
+        "--recipient",
+        action="append",
+        default=[],
+        metavar="WHO",
+        help="who can read it: jwe:PUB.pem, the holder of that private key; kbs:///repository/type/tag=FILE, whoever "
+        "gets that key from the key broker, FILE being the same 32 bytes; may be repeated",
+    )
     add("--plain", action="store_true", help="make a plain Nydus image, not confidential")
     add(
         "--domain",

@@ -133,10 +133,10 @@ class LayerTree:
 
     def _link(self, parent: Directory, base: bytes, entry: Entry) -> None:
         """A hard link shares the node of its target. One of a lower layer is copied up first, as an overlay does."""
-        parts = split(entry.target)
-        if not parts:
+        parts = components(entry.target)  # a `..` behind a symlink means what it means to the kernel
+        name = parts.pop() if parts else b".."
+        if name == b"..":
             raise BadLayer(f"layer: hard link {show(entry.name)} leads to a directory")
-        name = parts.pop()
         path = self._resolve(parts, entry.target)
         target = self._own(path, name)
         if target is None:
@@ -175,19 +175,24 @@ class LayerTree:
         return here
 
 
-def split(name: bytes) -> list[bytes]:
-    """Components of a path taken as rooted: `.` and `..` resolved by name, `..` never above the root."""
-    if len(name) > PATH_BYTES + 1:
-        raise BadLayer(f"layer: a path of {len(name)} bytes; {PATH_BYTES} are possible")
+def components(path: bytes) -> list[bytes]:
+    """Names of a path and its `..`. Raises BadLayer for what Linux could not hold."""
+    if len(path) > PATH_BYTES + 1:
+        raise BadLayer(f"layer: a path of {len(path)} bytes; {PATH_BYTES} are possible")
+    parts = [part for part in path.split(b"/") if part not in (b"", b".")]
+    if any(len(part) > NAME_BYTES for part in parts):
+        raise BadLayer(f"layer: a name above {NAME_BYTES} bytes in {show(path)}")
+    return parts
+
+
+def split(path: bytes) -> list[bytes]:
+    """Names of a path taken as rooted: `..` is resolved by name, and never leads above the root."""
     parts: list[bytes] = []
-    for part in name.split(b"/"):
-        if part == b"..":
-            if parts:
-                parts.pop()
-        elif part not in (b"", b"."):
-            if len(part) > NAME_BYTES:
-                raise BadLayer(f"layer: a name of {len(part)} bytes; {NAME_BYTES} are possible")
+    for part in components(path):
+        if part != b"..":
             parts.append(part)
+        elif parts:
+            parts.pop()
     return parts
 
 

@@ -155,6 +155,13 @@ def test_hard_links_share_a_node() -> None:
     assert len(list(every_node(root))) == 3
 
 
+def test_a_hard_link_leaves_a_symlink_where_it_leads() -> None:
+    layer = member(b"usr/lib/a") + member(b"h/a") + symlink(b"lib", b"usr/lib")
+    assert at(stack(layer + link(b"b", b"lib/../../h/a")), b"b") is not None
+    with pytest.raises(BadLayer, match="hard link"):
+        stack(layer + link(b"b", b"lib/../h/a"))
+
+
 def test_hard_links_to_symlinks_and_devices_share_a_node() -> None:
     root = stack(symlink(b"s", b"x") + link(b"t", b"s") + header(b"n", b"3", device=(1, 3)) + link(b"m", b"n"))
     assert at(root, b"s") is at(root, b"t")

@@ -45,16 +45,16 @@ class Directories:
         self.base.mkdir(mode=0o700, exist_ok=True)
 
     def path(self, number: int) -> Path:
-        return self.base / str(number)
+        return Path(f"{self.base}/{number}")
 
     def files(self, number: int) -> Path:
-        return self.base / str(number) / "fs"
+        return Path(f"{self.base}/{number}/fs")
 
     def work(self, number: int) -> Path:
-        return self.base / str(number) / "work"
+        return Path(f"{self.base}/{number}/work")
 
     def mountpoint(self, number: int) -> Path:
-        return self.base / str(number) / "mnt"
+        return Path(f"{self.base}/{number}/mnt")
 
     def names(self) -> list[str]:
         return os.listdir(self.base)

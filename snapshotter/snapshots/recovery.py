@@ -83,6 +83,8 @@ def reconcile(store: Store, directories: Directories) -> None:
         if str(row.id) in present:
             if entry.image:
                 directories.remove_mountpoint(row.id)  # which a reboot left empty
+            if sidecar.read(directories.path(row.id)) != entry:  # a crash may take what was written last
+                sidecar.write(directories.path(row.id), entry, durable=False)
             continue
         if row.ref is None:
             log.error("snapshot has lost its directory", id=row.id, snapshot=row.name[:200])

@@ -1,7 +1,7 @@
 """`snapshot.json` in every snapshot's directory: a copy of its database row, from which a lost database is made again.
 
 containerd keeps its own records and never sends a snapshot's labels a second time, so losing the database would mean
-pulling every image again. The database is what counts; a sidecar is read only when there is none.
+pulling every image again. The database is what counts: a start makes the sidecars agree with it, unless there is none.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ class _Sidecar(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write(directory: Path, entry: Entry, *, durable: bool) -> None:
-    """Replace the sidecar; `durable` also puts it on the disk before returning."""
+    """Replace the sidecar; `durable` also puts it on the disk before returning, which an fsync or two take."""
     row = entry.row
     raw = msgspec.json.encode(
         _Sidecar(

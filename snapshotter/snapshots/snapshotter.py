@@ -122,7 +122,7 @@ class Snapshotter:
             failpoints.hit("create.made")
             with self._store.transaction():
                 self._store.insert(entry)
-                sidecar.write(path, entry, durable=entry.row.kind is Kind.COMMITTED)
+                sidecar.write(path, entry, durable=entry.row.ref is not None)
                 failpoints.hit("create.inserted")
                 path = self._directories.place(path, entry.row.id)
                 failpoints.hit("create.placed")
@@ -148,7 +148,7 @@ class Snapshotter:
         usage = await self._measure(active.id)
         with self._store.transaction():
             entry = self._store.commit(plugin, active, name, parent, labels, usage)
-            sidecar.write(self._directories.path(active.id), entry, durable=True)
+            sidecar.write(self._directories.path(active.id), entry, durable=False)
             failpoints.hit("commit.written")
         failpoints.hit("commit.done")
 

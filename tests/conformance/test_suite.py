@@ -1,8 +1,9 @@
-"""The 21 cases of containerd's snapshotter test suite (core/snapshots/testsuite), told in Python."""
+"""The 21 cases of containerd's snapshotter test suite (core/snapshots/testsuite), told in Python, against `serve`."""
 
+import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -23,8 +24,26 @@ from tests.conformance.layers import (
     symlink,
     xattr,
 )
+from tests.harness.machine import Work
+from tests.harness.serve import Serve
 
 pytestmark = pytest.mark.root
+_plugins = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Serve]:
+    """The program as it is installed."""
+    with Work("suite") as work:
+        yield Serve(work)
+
+
+@pytest.fixture
+def sn(served: Serve) -> Iterator[Client]:
+    """A client whose plugin name nobody else uses, which makes it a store of its own."""
+    client = Client(served.address, f"suite-{next(_plugins)}")
+    yield client
+    client.close()
 
 
 def code(error: "pytest.ExceptionInfo[grpc.RpcError]") -> grpc.StatusCode:

@@ -1,0 +1,36 @@
+"""The committed protobuf code is what the .proto files say."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[3]
+
+
+def test_generated_code_is_up_to_date() -> None:
+    pytest.importorskip("grpc_tools")
+    result = subprocess.run([TOP / "proto/generate.sh", "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_numbers_on_the_wire() -> None:
+    """Those of containerd's API; changing one is not noticed by any test that uses our own client."""
+    from snapshotter.api import mount_pb2, snapshots_pb2
+
+    def numbers(message: object) -> str:
+        return " ".join(f"{field.name}={field.number}" for field in message.DESCRIPTOR.fields)  # type: ignore[attr-defined]
+
+    assert snapshots_pb2.DESCRIPTOR.package == "containerd.services.snapshots.v1"
+    assert mount_pb2.DESCRIPTOR.package == "containerd.types"
+    service = snapshots_pb2.DESCRIPTOR.services_by_name["Snapshots"]
+    methods = " ".join(method.name for method in service.methods)
+    assert methods == "Prepare View Mounts Commit Remove Stat Update List Usage Cleanup"
+    assert numbers(snapshots_pb2.PrepareSnapshotRequest) == "snapshotter=1 key=2 parent=3 labels=4"
+    assert numbers(snapshots_pb2.ViewSnapshotRequest) == "snapshotter=1 key=2 parent=3 labels=4"
+    assert numbers(snapshots_pb2.CommitSnapshotRequest) == "snapshotter=1 name=2 key=3 labels=4 parent=5"
+    assert numbers(snapshots_pb2.UpdateSnapshotRequest) == "snapshotter=1 info=2 update_mask=3"
+    assert numbers(snapshots_pb2.Info) == "name=1 parent=2 kind=3 created_at=4 updated_at=5 labels=6"
+    assert numbers(snapshots_pb2.UsageResponse) == "size=1 inodes=2"
+    assert numbers(mount_pb2.Mount) == "type=1 source=2 target=3 options=4"
+    assert dict(snapshots_pb2.Kind.items()) == {"UNKNOWN": 0, "VIEW": 1, "ACTIVE": 2, "COMMITTED": 3}

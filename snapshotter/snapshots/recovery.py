@@ -7,6 +7,7 @@ from pathlib import Path
 
 import structlog
 
+from snapshotter.errors import ConfigError
 from snapshotter.snapshots import sidecar
 from snapshotter.snapshots.directories import Directories, RootAttributes
 from snapshotter.snapshots.store import DamagedStore, Entry, Store
@@ -14,6 +15,7 @@ from snapshotter.snapshots.store import DamagedStore, Entry, Store
 log = structlog.get_logger(__name__)
 
 DATABASE = "metadata.db"
+UNVERIFIED = "unverified"  # exists if snapshots in this root may come from images that nobody verified
 _NUMBER = re.compile(r"(?:(?:old|lost)-)?(\d{1,18})\b")
 
 
@@ -32,6 +34,20 @@ def open_store(root: Path) -> Store:
             if Path(f"{path}{suffix}").exists():
                 Path(f"{path}{suffix}").rename(f"{aside}{suffix}")
         return Store(path, lambda: _remembered(root))
+
+
+def require_verified(root: Path, store: Store, only_verified: bool) -> None:
+    """Note that unverified snapshots may be made in `root`; where only verified ones may run, refuse if they were.
+
+    Snapshots are not verified again when containers use them, and nobody could: what was unpacked has no digest.
+    """
+    note = root / UNVERIFIED
+    if not only_verified:
+        note.touch(mode=0o600)
+    elif not store.all_ids():
+        note.unlink(missing_ok=True)
+    elif note.exists():
+        raise ConfigError(f"config: {root} holds snapshots that were made in mode open", hint="use another root")
 
 
 def _remembered(root: Path) -> Iterable[Entry]:

@@ -49,6 +49,7 @@ class Snapshotter:
     def __init__(self, root: Path, store: Store, images: RemoteImages, limits: Limits) -> None:
         if set(str(root)) & set(",:\\\n"):
             raise ConfigError(f"config: root {str(root)!r} has a character that overlay mount options cannot hold")
+        recovery.require_verified(root, store, images.only_verified)
         self._store = store
         self._directories = Directories(root)
         self._images = images

@@ -14,7 +14,6 @@ from snapshotter.errors import KeyDenied, NotFound
 from snapshotter.service.interceptors import ErrorInterceptor, translate
 from snapshotter.service.server import REFUSAL, _Refusal
 
-
 Code = grpc.StatusCode
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snapshotter.config import Limits
-from snapshotter.errors import IntegrityError, NotFound
+from snapshotter.errors import AlreadyExists, ConfigError, IntegrityError, NotFound
 from snapshotter.snapshots import recovery
 from snapshotter.snapshots.model import Info, Kind
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
@@ -201,6 +201,30 @@ async def test_a_database_that_is_locked_is_not_taken_for_damaged(node: Node, mo
     assert node.database.exists()
     monkeypatch.undo()
     node.open()
+
+
+async def test_what_was_made_in_mode_open_is_not_run_in_mode_confidential(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reopen(only_verified: bool) -> None:
+        monkeypatch.setattr(Images, "only_verified", only_verified)
+        node.store.close()
+        node.open()
+
+    with pytest.raises(ConfigError, match="made in mode open"):
+        reopen(only_verified=True)
+    node.database.unlink()
+    with pytest.raises(ConfigError, match="made in mode open"):
+        reopen(only_verified=True)
+    for name in ("view\0/..", "base", "active", "image-1@2", "data-1@1"):
+        node.store.delete("p", name)
+    reopen(only_verified=True)
+    with pytest.raises(AlreadyExists):
+        await node.snapshots.prepare("p", "extract", "", {REF: "data-2"})
+    for only_verified in (True, False):
+        reopen(only_verified)
+    with pytest.raises(ConfigError, match="made in mode open"):
+        reopen(only_verified=True)
 
 
 def test_a_missing_snapshot_is_not_found(node: Node) -> None:

@@ -98,3 +98,5 @@ def _read(path: str, limit: int) -> bytes:
             return file.read(limit)
     except OSError as error:
         raise InvalidArgument(f"recipient {path}: {error.strerror}") from error
+    except ValueError:
+        raise InvalidArgument(f"recipient {path!r}: not a file name") from None

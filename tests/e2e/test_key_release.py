@@ -1,0 +1,135 @@
+"""Keys from a key broker, from the command line of the converter to a pull on a node."""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Images, NodeMaker
+from tests.e2e.test_images import READ_ALL, expected
+from tests.e2e.test_refusals import refused
+from tests.harness import serve, tiny
+from tests.harness.kbs import put
+from tests.harness.machine import Work
+from tests.harness.process import Process
+
+NAME = "default/image-kek/app"
+
+
+class Broker:
+    """`kbs-dev` as a process, with one key."""
+
+    def __init__(self, work: Work, *options: str | Path, label: str = "kbs") -> None:
+        self.directory = work.directory(f"{label}-resources")
+        self.key = put(self.directory, NAME, secrets.token_bytes(32))
+        command = [*serve.PROGRAM, "kbs-dev", "--resources", self.directory, "--listen", "127.0.0.1:0", *options]
+        environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
+        self.process = Process(work, label, command, environment=environment)
+        self.process.wait_until(lambda: "\n" in self.process.output(), "kbs-dev listens", 20)
+        self.url = self.process.output().split()[0]
+
+    @property
+    def recipient(self) -> str:
+        return f"kbs:///{NAME}={self.key}"
+
+    def keys(self, **settings: Any) -> dict[str, Any]:
+        """The `[keys]` section of a node that asks this broker."""
+        return {"files": [], "kbs": {"url": self.url, "insecure_sample_attester": True} | settings}
+
+    @property
+    def secrets(self) -> list[str]:
+        raw = self.key.read_bytes()
+        return [raw.hex(), repr(raw)[2:-1]]
+
+
+def check(work: Work, image: str, keys: Mapping[str, Any]) -> tuple[int, str]:
+    """`check` of every byte of an image by a node's configuration."""
+    path = work.directory("node") / "config.toml"
+    path.write_text(serve.toml({"keys": keys}))
+    result = serve.program(work, "check", image, "--config", path)
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture
+def sealed(work: Work) -> "tuple[Broker, str]":
+    """A broker that wants the right initdata, and an image whose key it holds."""
+    init_data = work.path / "init.toml"
+    init_data.write_text('version = "0.1.0"\nalgorithm = "sha384"\n\n[data]\n"aa.toml" = "a = 1"\n')
+    digest = hashlib.sha384(init_data.read_bytes()).hexdigest()
+    broker = Broker(work, "--allow-sample", "--expect", f"init_data={digest}")
+    source = tiny.layout(work.path / "source").path
+    serve.convert(work, f"oci:{source}:tiny", f"oci:{work.path}/out:sealed", "--recipient", broker.recipient)
+    return broker, f"oci:{work.path}/out:sealed"
+
+
+def test_the_right_evidence_opens_and_the_wrong_one_does_not(work: Work, sealed: tuple[Broker, str]) -> None:
+    broker, image = sealed
+    right = broker.keys(init_data=str(work.path / "init.toml"))
+    outputs = []
+    for keys, code in ((right, 0), (right | {"kbs": right["kbs"] | {"tee_key": "RSA"}}, 0), (broker.keys(), 11)):
+        status, output = check(work, image, keys)
+        assert status == code, output
+        outputs.append(output)
+    assert "PolicyDeny" in output
+    assert "reason=no-key" in output
+    for secret in broker.secrets:
+        assert secret not in "".join(outputs) + broker.process.output() + broker.process.errors()
+
+
+def test_what_keeps_a_key_from_being_released(work: Work, sealed: tuple[Broker, str]) -> None:
+    broker, image = sealed
+    right = broker.keys(init_data=str(work.path / "init.toml"))
+    other = Broker(work, "--allow-sample", label="other")  # same name, another key
+    closed = Broker(work, label="closed")
+    code, output = check(work, image, other.keys())
+    assert (code, "does not open the layer key" in output) == (11, True), output
+    assert check(work, image, closed.keys())[0] == 11
+    agent = {"files": [], "kbs": {"url": broker.url, "agent_socket": str(work.path / "absent")}}
+    assert check(work, image, agent)[0] == 10  # no agent, no evidence: it is not made up
+    broker.process.stop()
+    code, output = check(work, image, right | {"kbs": right["kbs"] | {"retries": 1}})
+    assert (code, "Connect call failed" in output or "auth" in output) == (10, True), output
+
+
+def test_one_image_for_a_key_file_and_a_broker(work: Work, sealed: tuple[Broker, str]) -> None:
+    broker, _ = sealed
+    private, public = serve.key_pair(work.path)
+    image = f"oci:{work.path}/out:both"
+    recipients = ["--recipient", f"jwe:{public}", "--recipient", broker.recipient]
+    serve.convert(work, f"oci:{work.path}/source:tiny", image, *recipients)
+    assert check(work, image, {"files": [str(private)]})[0] == 0
+    assert check(work, image, broker.keys(init_data=str(work.path / "init.toml")))[0] == 0
+    shown = serve.program(work, "inspect", image, "--json")
+    layers = json.loads(shown.stdout)["layers"]
+    assert layers[-1]["keys"] == ["jwe", "provider.attestation-agent"]
+
+
+def test_recipients_that_are_none(work: Work) -> None:
+    source = tiny.layout(work.path / "source").path
+    (work.path / "short").write_bytes(bytes(31))
+    for recipient in (f"kbs:///a/b/c={work.path}/short", f"kbs:///a/b={work.path}/short", "kbs:///a/b/c=/absent"):
+        result = serve.program(
+            work, "convert", f"oci:{source}:tiny", f"oci:{work.path}/out:x", "--recipient", recipient
+        )
+        assert result.returncode == 2, result.stderr
+        assert "recipient" in result.stderr
+    assert not (work.path / "out").exists()
+
+
+@pytest.mark.root
+@pytest.mark.real
+@pytest.mark.parametrize("allowed", [True, False], ids=["right", "wrong"])
+def test_a_node_pulls_with_a_key_of_the_broker(work: Work, node: NodeMaker, images: Images, allowed: bool) -> None:
+    broker = Broker(work, *(["--allow-sample"] if allowed else []))
+    image = images.sealed(1, "--recipient", broker.recipient, label=f"kbs-{allowed}".lower())
+    guest = node(mode="confidential", keys=broker.keys())
+    if allowed:
+        assert guest.shell(guest.pull(image), READ_ALL) == expected()
+    else:
+        assert refused(guest, image) == "no-key"
+    for secret in broker.secrets:
+        assert secret not in guest.daemon.log()

@@ -76,14 +76,12 @@ def parts(
     )
     # What this writes, every reader must take: better to fail here than on a node.
     Bootstrap.parse(bootstrap, limits).validate([item.table.chunks for item in blobs])
-    tar = archive.pack(_members(bootstrap, blobs, image, options))
-    layer = archive.compress(tar)
+    layer, diff_id, unpacked = archive.write(_members(bootstrap, blobs, image, options))
     encryption: dict[str, str] = {}
-    diff_id = Digest.of(tar)
     if not options.plain:
         layer, encryption = ocicrypt.encrypt_layer(layer, options.recipients)
         diff_id = Digest.of(layer)  # a digest of the plaintext would let anybody confirm a guess
-    if len(layer) > limits.bootstrap_bytes or len(tar) > limits.bootstrap_unpacked_bytes:
+    if len(layer) > limits.bootstrap_bytes or unpacked > limits.bootstrap_unpacked_bytes:
         raise LimitExceeded("image: its metadata is larger than limits.bootstrap_bytes or …_unpacked_bytes")
     return Parts(blobs, layer, encryption, (*(item.digest for item in blobs), diff_id))
 

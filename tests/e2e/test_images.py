@@ -193,19 +193,16 @@ def entry(path: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize("name", ["v6-zstd", "v6-lz4-sha256-64k", "v6-none-4k", "v6-toc"])
+@pytest.mark.parametrize("name", ["v6-zstd", "v6-lz4-sha256-64k", "v6-none-4k"])
 def test_images_of_other_tools_show_exactly_their_source_tree(
     node: NodeMaker, images: Images, work: Work, fixtures_dir: Path, name: str
 ) -> None:
     made = fixtures_dir / "nydus-made"
     guest = node()
-    reference = guest.pull(foreign_image(images, work, made / f"{name}.tar.xz", name))
-    target = work.directory("view")
-    guest.containerd.ctr("images", "mount", "--snapshotter", "coco", reference, str(target))
-    try:
+    guest.pull(foreign_image(images, work, made / f"{name}.tar.xz", name))
+    [top] = guest.containerd.snapshots().keys() - {parent for parent, _ in guest.containerd.snapshots().values()}
+    with guest.containerd.view(top, work.directory("view")) as target:
         seen = tree(target)
-    finally:
-        guest.containerd.ctr("images", "unmount", "--rm", "--snapshotter", "coco", str(target))
     truth = json.loads(lzma.decompress((made / "truth/A-full.json.xz").read_bytes()))
     keys = {"mode", "uid", "gid", "mtime_ns", "sha256", "target", "rdev", "nlink", "xattrs"}
     expected_tree = {item["path"]: {key: value for key, value in item.items() if key in keys} for item in truth}

@@ -6,7 +6,8 @@ One `Release` says where the binaries of a version are and how its configuration
 import itertools
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -164,6 +165,21 @@ class Containerd:
             fields = row.split()
             found[fields[0]] = (fields[1] if len(fields) == 3 else "", fields[-1])
         return found
+
+    @contextmanager
+    def view(self, top: str, target: Path) -> Iterator[Path]:
+        """Mount a read-only view of the committed snapshot `top` at `target`, as containerd is told to mount it."""
+        key = self.new_identity()
+        named = ("snapshots", "--snapshotter", self.layout.snapshotter)
+        self.ctr(*named, "view", key, top)
+        try:
+            subprocess.run(["sh", "-ec", self.ctr(*named, "mounts", str(target), key)], check=True)
+            try:
+                yield target
+            finally:
+                subprocess.run(["umount", str(target)], check=True)
+        finally:
+            self.ctr(*named, "rm", key)
 
     def content(self) -> set[str]:
         """Digests in the content store: what containerd itself has downloaded."""

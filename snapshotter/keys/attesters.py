@@ -11,8 +11,9 @@ from snapshotter.registry.retry import Clock, Transient
 
 EVIDENCE_BYTES: Final = 1 << 20
 _TEES: Final = frozenset(
-    "az-snp-vtpm az-tdx-vtpm nvidia sgx snp tdx cca csv se hygondcu tpm sample sampledevice".split()  # noqa: SIM905
+    "az-snp-vtpm az-tdx-vtpm nvidia sgx snp tdx cca csv hygondcu tpm sample sampledevice".split()  # noqa: SIM905
 )
+# Not `se`: its challenge is no nonce but a request for the firmware.
 _SAMPLES: Final = frozenset(("sample", "sampledevice"))
 _AGENT: Final = "attestation_agent.AttestationAgentService"
 
@@ -129,7 +130,7 @@ def _known(tee: str, who: str) -> str:
             f"{who}: this machine has no TEE, its evidence would be made up", hint="keys.kbs.insecure_sample_attester"
         )
     if tee not in _TEES:
-        raise KeyDenied(f"{who}: reports a TEE that no KBS knows")
+        raise KeyDenied(f"{who}: reports a TEE that is not supported")
     return tee
 
 

@@ -30,6 +30,7 @@ MESSAGE_BYTES: Final = 256 << 10
 _HASHES: Final = ("sha256", "sha384", "sha512")
 _DEFAULT_HASH: Final = "sha384"
 _CLOCK_SECONDS: Final = 60  # how far ahead the signer's clock may be
+_SIGNER_MEMBERS: Final = ("alg", "use", "kid", "key_ops", "x5c", "x5u", "x5t", "x5t#S256")
 _JWT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _VARIANT = re.compile(r"https?://[^\s?#]{1,200}/([A-Za-z0-9]{1,40})")
 _KEY_PATHS: Final = (
@@ -65,9 +66,9 @@ class Challenge:
             raise MalformedImage("challenge: nonce is not 16 to 64 bytes")
         extra = value.get("extra-params") or {}
         algorithm = extra.get("selected-hash-algorithm", _DEFAULT_HASH) if isinstance(extra, dict) else None
-        if algorithm not in _HASHES:
+        if not isinstance(algorithm, str) or algorithm.lower() not in _HASHES:
             raise MalformedImage(f"challenge: extra-params choose no hash algorithm of {', '.join(_HASHES)}")
-        return cls(nonce, algorithm)
+        return cls(nonce, algorithm.lower())
 
     def device_report_data(self, jwk: dict[str, str]) -> bytes:
         """What additional evidence is bound to."""
@@ -129,7 +130,8 @@ def verified_claims(text: str, signer: ec.EllipticCurvePublicKey | None) -> dict
     if header["alg"] != "ES256":
         raise MalformedImage("token: alg is not ES256")
     if signer is None:
-        signer = teekey.public_key(header.get("jwk"), "token: jwk", optional=("alg", "use", "kid", "key_ops"))
+        # Trustee writes its certificates in here, and the coordinates without leading zeros.
+        signer = teekey.public_key(header.get("jwk"), "token: jwk", optional=_SIGNER_MEMBERS, padded=False)
     signature = encoding.b64url_decode(tail, "token: signature")
     if len(signature) != 64 or not isinstance(signer.curve, ec.SECP256R1):
         raise MalformedImage("token: not signed with P-256")

@@ -92,10 +92,13 @@ class TeeKey:
         return key
 
 
-def public_key(jwk: Any, what: str, *, optional: tuple[str, ...] = ()) -> ec.EllipticCurvePublicKey:
+def public_key(
+    jwk: Any, what: str, *, optional: tuple[str, ...] = (), padded: bool = True
+) -> ec.EllipticCurvePublicKey:
     """An EC public key from kty, crv, x, y (and `optional` members, ignored). Raises MalformedImage.
 
-    A point that is not on its curve, and a coordinate that is not as long as the curve's, are refused.
+    A point that is not on its curve is refused, and a coordinate that is not as long as the curve's; not `padded`: one
+    that is longer.
     """
     if not isinstance(jwk, dict):
         raise MalformedImage(f"{what}: not an object")
@@ -105,7 +108,7 @@ def public_key(jwk: Any, what: str, *, optional: tuple[str, ...] = ()) -> ec.Ell
         raise MalformedImage(f"{what}: not an EC key on one of {', '.join(_CURVES)}")
     width = (curve.key_size + 7) // 8
     x, y = (encoding.b64url_decode(encoding.string(jwk, name, what), f"{what}: {name}") for name in ("x", "y"))
-    if len(x) != width or len(y) != width:
+    if any(len(part) > width or (padded and len(part) < width) for part in (x, y)):
         raise MalformedImage(f"{what}: a coordinate is not {width} bytes")
     try:
         return ec.EllipticCurvePublicNumbers(int.from_bytes(x, "big"), int.from_bytes(y, "big"), curve).public_key()

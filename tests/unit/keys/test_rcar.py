@@ -104,7 +104,8 @@ def test_challenges() -> None:
         return Challenge.parse(json.dumps({"nonce": NONCE} | members).encode())
 
     assert challenge() == challenge(**{"extra-params": ""}) == challenge(**{"extra-params": {}}) == Challenge(NONCE)
-    assert challenge(**{"extra-params": {"selected-hash-algorithm": "sha512"}}).hash_algorithm == "sha512"
+    for name in ("sha512", "SHA512"):
+        assert challenge(**{"extra-params": {"selected-hash-algorithm": name}}).hash_algorithm == "sha512"
     wrong: list[dict[str, Any]] = [
         {"nonce": ""},
         {"nonce": 1},
@@ -141,6 +142,21 @@ def test_tokens_are_what_another_implementation_verifies(signer: TokenSigner, ke
     jws = JWS()
     jws.deserialize(token(signer, keys["P-256"]), JWK.from_pyca(signer.public_key))
     assert json.loads(jws.payload)["exp"] == NOW + 300
+
+
+def test_a_signing_key_as_attestation_services_write_it(keys: dict[str, TeeKey]) -> None:
+    """With certificates, and without the leading zeros of its coordinates."""
+    jwk = keys["P-256"].jwk
+    while True:
+        private = ec.generate_private_key(ec.SECP256R1())
+        numbers = private.public_key().public_numbers()
+        if numbers.x >> 248 == 0:
+            break
+    shown = {"kty": "EC", "crv": "P-256", "alg": "ES256", "x5c": ["AAAA"], "x5u": "https://as.example/chain.pem"}
+    shown |= {n: b64u(v.to_bytes((v.bit_length() + 7) // 8, "big")) for n, v in (("x", numbers.x), ("y", numbers.y))}
+    jws = JWS(json.dumps({"exp": NOW + 9, "tee-pubkey": jwk}))
+    jws.add_signature(JWK.from_pyca(private), protected=json.dumps({"alg": "ES256", "typ": "JWT", "jwk": shown}))
+    assert Token.parse(answer(jws.serialize(compact=True)), jwk, None, NOW).expires == NOW + 9
 
 
 def test_a_token_where_other_services_name_the_key(signer: TokenSigner, keys: dict[str, TeeKey]) -> None:

@@ -6,8 +6,10 @@ Needs root. The last rows compare the way through the relay with a connection to
 """
 
 import argparse
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -53,6 +55,19 @@ def populate(sn: Client) -> str:
     return parent
 
 
+def sync(directory: Path, calls: int) -> Row:
+    """What makes a change durable, alone: the floor of Prepare, Update, Commit and Remove."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(bytes(28 << 10))
+        file.flush()
+
+        def write(_: int) -> None:
+            os.pwrite(file.fileno(), bytes(28 << 10), 0)
+            os.fdatasync(file.fileno())
+
+        return row("fdatasync of 28 KiB on this disk", timed(write, range(calls)))
+
+
 def measure(address: Path, inner: Path, calls: int) -> list[Row]:
     sn = Client(address, "bench")
     top = populate(sn)
@@ -83,7 +98,7 @@ def measure(address: Path, inner: Path, calls: int) -> list[Row]:
 def rows(calls: int = CALLS) -> list[Row]:
     with Work("bench-rpc") as work:
         served = Serve(work)
-        return measure(served.address, served.root / "grpc.sock", calls)
+        return [sync(served.root, calls), *measure(served.address, served.root / "grpc.sock", calls)]
 
 
 def main() -> int:

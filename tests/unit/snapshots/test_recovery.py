@@ -171,6 +171,19 @@ async def test_remote_snapshots_get_their_directories_back(node: Node) -> None:
     assert (node.root / "snapshots/2/snapshot.json").exists()
 
 
+async def test_a_start_makes_sidecars_agree_with_the_database(node: Node) -> None:
+    sidecars = sorted(node.root.glob("snapshots/*/snapshot.json"))
+    before = {path: (path.read_bytes(), path.stat().st_ino) for path in sidecars if path.parent.name in "12345"}
+    torn, stale, missing = (node.root / "snapshots" / name / "snapshot.json" for name in "134")
+    torn.write_bytes(b"")
+    stale.write_bytes(before[stale][0].replace(b'"a":"b"', b'"a":"c"'))
+    missing.unlink()
+    await node.restart()
+    after = {path: (path.read_bytes(), path.stat().st_ino) for path in before}
+    assert {path: raw for path, (raw, _) in after.items()} == {path: raw for path, (raw, _) in before.items()}
+    assert {path for path in before if before[path][1] == after[path][1]} >= before.keys() - {torn, stale, missing}
+
+
 async def test_a_lost_ordinary_directory_is_an_error_until_removed(node: Node) -> None:
     (node.root / "snapshots/4").rename(node.root / "gone")
     (node.root / "snapshots/3").rename(node.root / "gone-too")

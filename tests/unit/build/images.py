@@ -3,10 +3,12 @@
 import asyncio
 import gzip
 import hashlib
+import io
 import os
 import stat
+import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +59,15 @@ def layout(path: Path, layers: Sequence[bytes], config: Mapping[str, Any] | None
         found.append(Layer(descriptor, "sha256:" + hashlib.sha256(tar).hexdigest()))
     made.add_image(name, found, config or {"Cmd": ["/bin/sh"]})
     return path
+
+
+def tar_of(members: Iterable[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for info, content in members:
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
 
 
 class Quiet:

@@ -33,6 +33,7 @@ def test_images_run_after_a_restart_without_the_registry(node: NodeMaker, images
     registry.process.stop()
     assert guest.daemon.terminate() == 0
     guest.daemon.start()
+    guest.containerd.wait_connected()
     assert guest.shell(reference, READ_ALL) == expected()
 
 
@@ -58,6 +59,7 @@ def test_sigterm_ends_all_three_processes_and_unmounts(node: NodeMaker, images: 
     until(lambda: not any(alive(pid) for pid in pids.values()), "all three are gone", 10)
     assert not guest.daemon.images_mounted()
     guest.daemon.start()
+    guest.containerd.wait_connected()
     assert guest.shell(reference, READ_ALL) == expected(), "the image is still there for the next serve"
 
 
@@ -74,6 +76,7 @@ def test_sigterm_with_a_running_container_leaves_it_its_files(node: NodeMaker, i
         assert alive(before["blobd"])
         assert container.exec("/bin/sh", "-c", READ_ALL).stdout == expected(), "read without keeper and snapshotd"
         guest.daemon.start()
+        guest.containerd.wait_connected()
         assert guest.daemon.pids()["blobd"] == before["blobd"], "the next serve adopts it"
         assert container.exec("/bin/md5sum", "/bin/busybox").returncode == 0
     finally:
@@ -111,9 +114,11 @@ def test_a_container_outlives_killed_processes(node: NodeMaker, images: Images, 
         if "keeper" in victims:
             until(lambda: not alive(old["keeper"]), "the keeper is gone", 10)
             guest.daemon.start()
+            guest.containerd.wait_connected()
         assert container.exec("/bin/sh", "-c", READ_ALL).stdout == expected()
         for worker, pid in old.items():
             guest.daemon.wait_replaced(worker, pid)
+        guest.containerd.wait_connected()
         assert guest.shell(reference, READ_ALL) == expected(), "a new container starts too"
     finally:
         container.kill()

@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snapshotter.errors import InvalidArgument
+from snapshotter.errors import InvalidArgument, MalformedImage
 
 if TYPE_CHECKING:
     from snapshotter.build.convert import Summary
     from snapshotter.build.options import Options
     from snapshotter.config import Config
+    from snapshotter.crypto.secret import SecretBytes
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -73,7 +74,12 @@ def _register_convert(commands: "Commands") -> None:
         help="where equal chunks may look equal: in this image (default), among images converted with the same "
         "--convergence-secret, or everywhere (only for content that is public anyway)",
     )
-    add("--convergence-secret", type=Path, metavar="FILE", help="32 bytes or 64 hex digits, for --domain tenant")
+    add(
+        "--convergence-secret",
+        metavar="FILE",
+        help="for --domain tenant: a file of 32 bytes or 64 hex digits, or kbs:///repository/type/tag: 32 bytes that "
+        "the configured key broker ([keys.kbs] or [keys.cdh]) releases; another tag for each epoch",
+    )
     add("--chunk-size", default="256KiB", metavar="N", help="power of two, 4KiB to 8MiB (default: 256KiB)")
     add("--codec", default="zstd:3", metavar="CODEC", help="zstd:1 … zstd:19, lz4 or none (default: zstd:3)")
     add(
@@ -115,15 +121,15 @@ def load_config(arguments: argparse.Namespace) -> "Config":
 
 def run_convert(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
-    options = _options(arguments)
+    options = _options(arguments, config)
     asyncio.run(_convert(arguments, config, options))
     return 0
 
 
-def _options(arguments: argparse.Namespace) -> "Options":
+def _options(arguments: argparse.Namespace, config: "Config") -> "Options":
     from snapshotter.build import trace
     from snapshotter.build.chunker import Codec
-    from snapshotter.build.options import Options, convergence_secret, load_recipient
+    from snapshotter.build.options import Options, load_recipient
     from snapshotter.config import Size
     from snapshotter.registry.reference import Reference
 
@@ -138,7 +144,7 @@ def _options(arguments: argparse.Namespace) -> "Options":
         recipients=tuple(load_recipient(text) for text in arguments.recipient),
         plain=arguments.plain,
         domain=arguments.domain,
-        secret=convergence_secret(arguments.domain, arguments.convergence_secret, os.urandom(32)),
+        secret=_secret(arguments, config),
         chunk_size=chunk_size,
         codec=Codec.parse(arguments.codec),
         platform=arguments.platform,
@@ -148,6 +154,29 @@ def _options(arguments: argparse.Namespace) -> "Options":
         created=int(time.time()) if epoch is None else epoch,
         directory_mtime_ns=(epoch or 0) * 1_000_000_000,
     )
+
+
+def _secret(arguments: argparse.Namespace, config: "Config") -> "SecretBytes":
+    """S of the domain: random, public, from a file, or released by a key broker."""
+    from snapshotter.build.options import convergence_secret
+    from snapshotter.keys import configured
+    from snapshotter.keys.resource import ResourceUri
+
+    text: str | None = arguments.convergence_secret
+    if arguments.domain != "tenant" or text is None or not text.startswith("kbs:"):
+        return convergence_secret(arguments.domain, Path(text) if text is not None else None, os.urandom(32))
+    try:
+        uri = ResourceUri.parse(text)
+    except MalformedImage as error:
+        raise InvalidArgument(f"--convergence-secret {text[:80]!r}: {error}") from None
+
+    async def released() -> "SecretBytes":
+        return await configured.resources(config.keys).get(uri)
+
+    secret = asyncio.run(released())
+    if len(secret) != 32:
+        raise InvalidArgument(f"--convergence-secret {uri}: {len(secret)} bytes instead of 32")
+    return secret
 
 
 def _source_date_epoch() -> int | None:

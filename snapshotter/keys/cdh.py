@@ -18,7 +18,7 @@ from snapshotter.keys.http import KeyService
 from snapshotter.keys.packet import PacketKeys
 from snapshotter.keys.protocol import ProviderKeys
 from snapshotter.keys.provider import KeyProvider
-from snapshotter.keys.resource import RESOURCE_BYTES, ResourceUri, denying
+from snapshotter.keys.resource import RESOURCE_BYTES, Resources, ResourceUri, denying
 from snapshotter.registry.retry import Clock, SystemClock, Transient
 
 _UNIX: Final = "unix://"
@@ -91,17 +91,25 @@ class CdhRestResources:
 
 def provider(settings: config.Cdh, *, accept_a256ctr: bool) -> KeyProvider:
     """The provider behind `settings.address`. Raises ConfigError."""
+    if settings.unwrap == "here":
+        return PacketKeys(resources(settings), accept_a256ctr=accept_a256ctr)
     if not settings.address.startswith(_UNIX):
-        if settings.unwrap != "here":
-            raise ConfigError('config: keys.cdh.unwrap: must be "here" with a REST address, which only has resources')
-        return PacketKeys(CdhRestResources(settings.address, SystemClock()), accept_a256ctr=accept_a256ctr)
+        raise ConfigError('config: keys.cdh.unwrap: must be "here" with a REST address, which only has resources')
+    return CdhKeys(_client(settings), accept_a256ctr=accept_a256ctr)
+
+
+def resources(settings: config.Cdh) -> Resources:
+    """The resources behind `settings.address`. Raises ConfigError."""
+    if settings.address.startswith(_UNIX):
+        return CdhResources(_client(settings))
+    return CdhRestResources(settings.address, SystemClock())
+
+
+def _client(settings: config.Cdh) -> ttrpc.Client:
     path = settings.address.removeprefix(_UNIX)
     if not path.startswith("/"):
         raise ConfigError("config: keys.cdh.address: must be unix:///path or http://127.0.0.1:port")
-    client = ttrpc.Client(path)
-    if settings.unwrap == "here":
-        return PacketKeys(CdhResources(client), accept_a256ctr=accept_a256ctr)
-    return CdhKeys(client, accept_a256ctr=accept_a256ctr)
+    return ttrpc.Client(path)
 
 
 def _resource(raw: bytes, uri: ResourceUri) -> SecretBytes:

@@ -1,12 +1,14 @@
-"""The key provider that a configuration asks for."""
+"""The key provider that a configuration asks for.
+
+What speaks to key brokers is imported only where one is configured: clients wait for a worker that starts.
+"""
 
 from pathlib import Path
 
 from snapshotter import config
-from snapshotter.keys import cdh, kbs
-from snapshotter.keys.packet import PacketKeys
-from snapshotter.keys.protocol import ProviderKeys
+from snapshotter.errors import ConfigError
 from snapshotter.keys.provider import AnyOf, FileKeys, KeyProvider
+from snapshotter.keys.resource import Resources
 
 
 def provider(keys: config.Keys) -> KeyProvider:
@@ -16,12 +18,32 @@ def provider(keys: config.Keys) -> KeyProvider:
     """
     providers: list[KeyProvider] = [FileKeys(keys.files)]
     if keys.ocicrypt_config:
+        from snapshotter.keys.protocol import ProviderKeys
+
         providers.append(ProviderKeys.load(Path(keys.ocicrypt_config)))
     if keys.cdh.address:
+        from snapshotter.keys import cdh
+
         providers.append(cdh.provider(keys.cdh, accept_a256ctr=keys.accept_a256ctr))
     if keys.kbs.url:
+        from snapshotter.keys import kbs
+        from snapshotter.keys.packet import PacketKeys
+
         providers.append(PacketKeys(kbs.client(keys.kbs), accept_a256ctr=keys.accept_a256ctr))
     return providers[0] if len(providers) == 1 else AnyOf(providers)
+
+
+def resources(keys: config.Keys) -> Resources:
+    """Who hands out `kbs:///` resources: CDH, else the KBS. Raises ConfigError, also when neither is configured."""
+    if keys.cdh.address:
+        from snapshotter.keys import cdh
+
+        return cdh.resources(keys.cdh)
+    if keys.kbs.url:
+        from snapshotter.keys import kbs
+
+        return kbs.client(keys.kbs)
+    raise ConfigError("config: a kbs:/// resource needs keys.kbs.url or keys.cdh.address")
 
 
 def any_configured(keys: config.Keys) -> bool:

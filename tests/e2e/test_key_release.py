@@ -108,6 +108,37 @@ def test_one_image_for_a_key_file_and_a_broker(work: Work, sealed: tuple[Broker,
     assert layers[-1]["keys"] == ["jwe", "provider.attestation-agent"]
 
 
+def test_a_convergence_secret_that_the_broker_releases(work: Work, sealed: tuple[Broker, str]) -> None:
+    """Equal chunks stay equal for whoever gets the secret of the epoch, and for nobody else."""
+    broker, _ = sealed
+    keys = broker.keys(init_data=str(work.path / "init.toml"))
+    secret = put(broker.directory, "tenant/convergence/epoch-1", secrets.token_bytes(32))
+    put(broker.directory, "tenant/convergence/short", b"short")
+    path = work.directory("converter") / "config.toml"
+    path.write_text(serve.toml({"keys": keys}))
+
+    def data(tag: str, source: str, *options: str | Path) -> list[str]:
+        image = f"oci:{work.path}/out:{tag}"
+        recipient = ["--recipient", broker.recipient, "--domain", "tenant"]
+        serve.convert(work, f"oci:{work.path}/source:tiny", image, *recipient, "--convergence-secret", source, *options)
+        layers = json.loads(serve.program(work, "inspect", image, "--json").stdout)["layers"]
+        return [layer["digest"] for layer in layers if layer["role"] == "data"]
+
+    released = data("a", "kbs:///tenant/convergence/epoch-1", "--config", path)
+    assert released == data("b", str(secret))
+    put(broker.directory, "tenant/convergence/epoch-2", secrets.token_bytes(32))
+    assert released != data("c", "kbs:///tenant/convergence/epoch-2", "--config", path)
+    configured: tuple[str | Path, ...] = ("--config", path)
+    for name, options, word in (
+        ("short", configured, "5 bytes instead of 32"),
+        ("absent", configured, "PluginInternalError"),
+        ("epoch-1", (), "keys.kbs.url"),
+        ("a/b", (), "not kbs:///"),
+    ):
+        with pytest.raises(RuntimeError, match=word):
+            data("d", f"kbs:///tenant/convergence/{name}", *options)
+
+
 def test_recipients_that_are_none(work: Work) -> None:
     source = tiny.layout(work.path / "source").path
     (work.path / "short").write_bytes(bytes(31))

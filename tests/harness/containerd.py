@@ -167,7 +167,7 @@ class Containerd:
         return found
 
     def wait_connected(self) -> None:
-        """Until containerd reaches the snapshotter again: its client tries every few seconds, and fails calls between."""
+        """Until containerd reaches its snapshotter again: it redials with up to 3 s in between."""
         listing = ("snapshots", "--snapshotter", self.layout.snapshotter, "ls")
         until(lambda: self.try_ctr(*listing).returncode == 0, "containerd reaches the snapshotter")
 
@@ -185,11 +185,6 @@ class Containerd:
                 subprocess.run(["umount", str(target)], check=True)
         finally:
             self.ctr(*named, "rm", key)
-
-    def wait_connected(self, timeout: float = 10) -> None:
-        """Wait until containerd reaches its snapshotter again: after a restart it redials with up to 3 s between."""
-        named = ("snapshots", "--snapshotter", self.layout.snapshotter, "ls")
-        until(lambda: self.try_ctr(*named).returncode == 0, "containerd reaches its snapshotter", timeout, every=0.1)
 
     def content(self) -> set[str]:
         """Digests in the content store: what containerd itself has downloaded."""

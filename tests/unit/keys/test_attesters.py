@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from msgspec import structs
 
+from snapshotter.config import Kbs
 from snapshotter.errors import ConfigError, KeyDenied, Unavailable
+from snapshotter.keys import rcar
 from snapshotter.keys.attesters import AgentAttester, RestAttester, SampleAttester
+from snapshotter.keys.kbs import KbsClient
+from snapshotter.keys.resource import ResourceUri
 from snapshotter.registry.retry import SystemClock
+from tests.harness.kbs import Between, kbs_dev
 from tests.harness.ttrpc import TtrpcServer, field, first_field
 
 AGENT = "attestation_agent.AttestationAgentService"
@@ -162,3 +168,22 @@ def test_endpoints_that_are_not_this_machines(url: str, tee: str) -> None:
 async def test_sample_evidence_is_what_a_kbs_expects() -> None:
     attester: Any = SampleAttester()
     assert await attester.evidence(DATA) == {"svn": "1", "report_data": base64.b64encode(DATA).decode()}
+
+
+async def test_a_kbs_gets_the_agents_evidence_bound_to_its_nonce_and_our_key(agent: Agent, tmp_path: Path) -> None:
+    """As far as a KBS without the vendor's certificates can tell."""
+    agent.devices = b"nvidia"
+    server = await kbs_dev(tmp_path)
+    settings = Kbs(url="https://unused.example", agent_socket=str(agent.server.path))
+    async with Between(server.url) as between:
+        client = KbsClient(structs.replace(settings, url=between.url), AgentAttester(settings.agent_socket))
+        with pytest.raises(KeyDenied, match="AttestationError"):  # only sample evidence is appraised there
+            await client.get(ResourceUri("a", "b", "c"))
+    await server.stop()
+    request, sent = (json.loads(body) for body in between.bodies[:2])
+    assert request["tee"] == "snp"
+    challenge, jwk = rcar.Challenge(sent["runtime-data"]["nonce"]), sent["runtime-data"]["tee-pubkey"]
+    devices = sent["tee-evidence"]["additional_evidence"]
+    assert base64.b64decode(json.loads(devices)["nvidia"]) == challenge.device_report_data(jwk)
+    primary = base64.b64decode(sent["tee-evidence"]["primary_evidence"]["report"])
+    assert primary == challenge.report_data(jwk, devices)

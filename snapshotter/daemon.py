@@ -9,6 +9,7 @@ containers do not need it. It makes no system call that can reach EROFS or FUSE 
 import argparse
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -20,21 +21,17 @@ from pathlib import Path
 import structlog
 
 from snapshotter import __version__, config, control
-from snapshotter.bootstrap.loader import Loader
 from snapshotter.errors import InvalidArgument, SnapshotterError
 from snapshotter.image.policy import ImagePolicy
-from snapshotter.image.resolver import Resolver
-from snapshotter.keys import configured
 from snapshotter.log import configure
 from snapshotter.mounts.drivers import ErofsMounter
 from snapshotter.mounts.mountinfo import read_mounts
 from snapshotter.mounts.syscalls import set_undumpable
 from snapshotter.ondemand.client import BlobdClient
 from snapshotter.ondemand.dataplane import DataPlane
-from snapshotter.registry.client import RegistryClient
 from snapshotter.service.server import Server
-from snapshotter.snapshots.images import Images
 from snapshotter.snapshots.recovery import open_store
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages
 from snapshotter.snapshots.snapshotter import Snapshotter
 
 log = structlog.get_logger("snapshotter.daemon")
@@ -43,42 +40,57 @@ LOCK_SECONDS = 5.0
 GRACE_SECONDS = 4.0  # for calls that run when we are told to stop
 
 
+class LaterImages:
+    """The images of a process that still starts: calls wait until there are any.
+
+    containerd gives up on a connection that is not served within a second, and the parts of the pull path take longer
+    than that to import on a busy machine.
+    """
+
+    def __init__(self, only_verified: bool) -> None:
+        self.only_verified = only_verified
+        self.images: asyncio.Future[RemoteImages] = asyncio.get_running_loop().create_future()
+
+    async def resolve(self, request: LayerRequest) -> LayerVerdict:
+        return await (await asyncio.shield(self.images)).resolve(request)
+
+    async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
+        await (await asyncio.shield(self.images)).mount(attach_id, record, target)
+
+    async def unmount(self, attach_id: int, target: Path) -> None:
+        await (await asyncio.shield(self.images)).unmount(attach_id, target)
+
+
 class Daemon:
     """The parts, put together. `held` are the keeper's descriptors by name; this object owns them."""
 
-    def __init__(self, settings: config.Config, registry: RegistryClient, held: Mapping[str, int]) -> None:
+    def __init__(self, settings: config.Config, held: Mapping[str, int]) -> None:
         root = Path(os.path.realpath(settings.root))  # mountinfo knows no links
         self._settings = settings
         self._listener = socket.socket(fileno=held["listen-grpc"])
         self._mounter = ErofsMounter(held["fuse-root"], settings.erofs)
         self._blobd = BlobdClient(root / "blobd.sock")
-        policy = ImagePolicy.of(settings.mode, settings.policy)
-        loader = Loader(
-            registry,
-            configured.provider(settings.keys),
-            Path(settings.cache_dir),
-            settings.limits,
-            must_be_sealed=policy.must_be_sealed,
-        )
-        images = Images(
-            Resolver(registry, policy, settings.limits),
-            loader,
-            policy,
-            DataPlane(root / "keeper.sock", self._blobd),
-            self._mounter,
-        )
-        self._snapshotter = Snapshotter(root, open_store(root), images, settings.limits)
+        self._data_plane = DataPlane(root / "keeper.sock", self._blobd)
+        self._policy = ImagePolicy.of(settings.mode, settings.policy)
+        self._later = LaterImages(self._policy.only_verified)
+        self._snapshotter = Snapshotter(root, open_store(root), self._later, settings.limits)
         self._server = Server(self._snapshotter, root)
         self._control = control.AsyncServer(control.listen(root / "snapshotd.sock"), self._handle)
 
-    async def start(self) -> None:
-        """Returns when containerd is served."""
-        await self._discard_dead_mounts()
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serves containerd at once, and status when all parts are there; drains at the end."""
         await self._snapshotter.start()
         await self._server.start(self._listener)
-        self._control.start()
+        pullpath = await asyncio.to_thread(importlib.import_module, "snapshotter.snapshots.pullpath")
+        async with pullpath.open_images(self._settings, self._policy, self._data_plane, self._mounter) as images:
+            await self._discard_dead_mounts()
+            self._later.images.set_result(images)
+            self._control.start()
+            yield
+            await self._drain()
 
-    async def drain(self) -> None:
+    async def _drain(self) -> None:
         """Let calls end, then unmount the images that nobody uses."""
         await self._server.stop(GRACE_SECONDS)
         await self._snapshotter.stop()
@@ -91,7 +103,7 @@ class Daemon:
         """
         mounted = self._mounted()
         if not mounted:
-            return  # without waiting for blobd: containerd gives up on a connection that is not served for a second
+            return
         attached = {image["id"] for image in (await self._blobd.status())["images"]}
         for attach_id in mounted - attached:
             point = self._snapshotter.mountpoint(attach_id)
@@ -147,15 +159,12 @@ async def serve(settings: config.Config) -> int:
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, os._exit, 0)  # everything that matters is on disk
-    async with RegistryClient(settings.registry, settings.limits) as registry:
-        daemon = Daemon(settings, registry, held)
-        await daemon.start()
+    async with Daemon(settings, held).running():
         log.info("snapshotd serves", pid=os.getpid(), version=__version__, mode=settings.mode, root=settings.root)
         with contextlib.suppress(OSError, EOFError):
             await asyncio.to_thread(control.request, keeper, {"op": "ready", "name": "snapshotd"})
         await stop.wait()
         log.info("draining")
-        await daemon.drain()
     return 0
 
 

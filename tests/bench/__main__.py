@@ -4,19 +4,16 @@ Groups: start, reads, rpc, convert, memory. The last line is the table as JSON.
 """
 
 import argparse
-import importlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
 
-from tests.bench import convert, memory, start
+import structlog
+
+from tests.bench import bench_rpc, convert, memory, reads, start
 from tests.bench.table import Row, show
-
-
-def other(module: str) -> Callable[[], list[Row]]:
-    """`rows()` of a benchmark module."""
-    return lambda: list(importlib.import_module(f"tests.bench.{module}").rows())
 
 
 def main() -> int:
@@ -25,14 +22,15 @@ def main() -> int:
     parser.add_argument("groups", nargs="*", help="only these")
     arguments = parser.parse_args()
     begun = time.monotonic()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begun:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     groups: dict[str, Callable[[], list[Row]]] = {
         "memory": memory.rows,
-        "rpc": other("bench_rpc"),
-        "reads": other("bench_reads"),
+        "rpc": bench_rpc.rows,
+        "reads": reads.rows,
         "convert": lambda: convert.rows(say),
         "start": lambda: start.rows(arguments.repeats, say),
     }

@@ -31,6 +31,8 @@ def main(name: str, root: str) -> None:
         listener = socket.socket(fileno=os.dup(held["listen-blobd"]))
     else:
         held = {"listen-grpc": held["listen-grpc"]} | held
+        with socket.socket(fileno=os.dup(held["listen-grpc"])) as served:
+            served.listen()
         listener = control.listen(f"{root}/snapshotd.sock")
     control.request(f"{root}/keeper.sock", {"op": "ready", "name": name})
     while lock:

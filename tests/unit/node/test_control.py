@@ -60,7 +60,7 @@ def test_malformed_message_is_a_control_error(pair: tuple[socket.socket, socket.
         left.send(b".")
     with pytest.raises(control.ControlError):
         control.receive(right)
-    assert open_fds() == before
+    assert open_fds() <= before  # a collected object of some earlier test may close its own
 
 
 def test_endless_message_is_refused(pair: tuple[socket.socket, socket.socket]) -> None:

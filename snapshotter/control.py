@@ -33,7 +33,7 @@ Handler = Callable[[Message, list[int]], "Awaitable[Reply | AsyncIterator[Reply]
 MAX_MESSAGE = 4 << 20
 MAX_FDS = 8  # of one message
 _PACKET = 48 << 10  # well below the default socket buffer, so that one packet always fits
-_BACKLOG = 128
+BACKLOG = 128
 
 
 class ControlError(OSError):
@@ -107,10 +107,18 @@ def close_all(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def listen(path: str | Path, kind: int = socket.SOCK_SEQPACKET) -> socket.socket:
-    """Bind and listen at `path`, mode 0600. A file left there goes only after proving that nobody answers.
+def listen(path: str | Path) -> socket.socket:
+    """Bind and listen for control connections at `path`. Raises as `bind`."""
+    sock = bind(path, socket.SOCK_SEQPACKET)
+    sock.listen(BACKLOG)
+    return sock
 
-    Raises OSError(EADDRINUSE) if somebody does, or if `path` is no socket.
+
+def bind(path: str | Path, kind: int) -> socket.socket:
+    """A socket at `path`, mode 0600, that refuses connections until somebody listens on it.
+
+    A file left there goes only after proving that nobody answers. Raises OSError(EADDRINUSE) if somebody does, or if
+    `path` is no socket.
     """
     sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
@@ -120,7 +128,6 @@ def listen(path: str | Path, kind: int = socket.SOCK_SEQPACKET) -> socket.socket
             sock.bind(str(path))
         finally:
             os.umask(before)
-        sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
         raise

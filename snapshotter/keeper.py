@@ -77,7 +77,7 @@ class Keeper:
                 if not served:
                     stale.shutdown(socket.SHUT_RDWR)  # and all its duplicates: clients are refused, not kept waiting
         os.makedirs(os.path.dirname(self.address), 0o755, exist_ok=True)
-        store["listen-grpc"] = served.get("listen-grpc") or control.listen(self.address, socket.SOCK_STREAM).detach()
+        store["listen-grpc"] = served.get("listen-grpc") or control.bind(self.address, socket.SOCK_STREAM).detach()
         for worker in self.workers:
             if worker.pid:
                 worker.watch(self.loop)

@@ -67,7 +67,7 @@ class Loader:
         self._must_be_sealed = must_be_sealed
 
     async def load(self, image: LazyImage) -> LoadedImage:
-        """Raises DigestMismatch, KeyDenied, DecryptError, MalformedImage, LimitExceeded, PolicyDenied."""
+        """Raises IntegrityError (and below it DigestMismatch, …), KeyDenied, LimitExceeded, PolicyDenied."""
         layer, from_cache = await self._layer(image.source, image.bootstrap)
         if image.encrypted:
             plain: bytes | bytearray = await ocicrypt.decrypt_layer(
@@ -76,6 +76,7 @@ class Loader:
         else:
             plain = layer
         opened = await asyncio.to_thread(open_layer, image, plain, self._limits)
+        image.check_claims(opened.diff_id)
         if opened.bootstrap.sealed:
             devices = await asyncio.to_thread(
                 tables.sealed_devices, opened.bootstrap, opened.files, _blob_sizes(image), self._limits

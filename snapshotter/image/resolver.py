@@ -37,7 +37,19 @@ class LazyImage:
 
     def chain(self, bootstrap_diff_id: str) -> list[str]:
         """Chain ids of the data blobs and the bootstrap, bottom first (OCI image-spec config.md, Layer ChainID)."""
-        return chain_ids([*(blob.digest for blob in self.blobs), bootstrap_diff_id])
+        return chain_ids(self._diff_ids(bootstrap_diff_id))
+
+    def check_claims(self, bootstrap_diff_id: str) -> None:
+        """Raises IntegrityError(chain-mismatch) unless the config's diff_ids are those of the layers."""
+        own = self._diff_ids(bootstrap_diff_id)
+        if self.config["rootfs"]["diff_ids"][: len(own)] != own:
+            raise IntegrityError(
+                f"image {self.reference}: its config claims diff_ids that are not those of its layers",
+                reason="chain-mismatch",
+            )
+
+    def _diff_ids(self, bootstrap_diff_id: str) -> list[str]:
+        return [*(blob.digest for blob in self.blobs), bootstrap_diff_id]
 
 
 @dataclass(frozen=True, slots=True)

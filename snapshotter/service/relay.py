@@ -21,7 +21,7 @@ _CONNECT_SECONDS = 10.0
 
 
 class Relay:
-    """`listener` stays the caller's. Peers that are not root are hung up on."""
+    """`listener`, a bound socket that may or may not listen yet, stays the caller's. Only root is served."""
 
     def __init__(self, listener: socket.socket, service: Path, refusal: Path) -> None:
         self._listener = listener
@@ -31,6 +31,7 @@ class Relay:
 
     def start(self) -> None:
         self._listener.setblocking(False)
+        self._listener.listen(control.BACKLOG)
         self._accepting = asyncio.create_task(self._accept())
 
     async def pause(self) -> None:

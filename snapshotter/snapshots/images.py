@@ -7,9 +7,9 @@ at its first layer; later layers of the same pull find the verdict here, since a
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
@@ -104,23 +104,22 @@ class Images:
         verdict = await self._verdict(claim)
         if isinstance(verdict, OrdinaryImage):
             return LayerVerdict("ordinary", None)
-        return self._place(claim, verdict)
+        kind = self._place(claim, verdict.image, verdict.chain)
+        return LayerVerdict(kind, verdict.record() if kind == "image" else None)
 
-    def _place(self, claim: LayerClaim, verdict: Verdict) -> LayerVerdict:
+    def _place(self, claim: LayerClaim, image: LazyImage, chain: Sequence[str]) -> Literal["ordinary", "data", "image"]:
         """Which of the image's layers this is. Its chain id must be the one computed from the layers themselves."""
-        image = verdict.image
         digests = [*(blob.digest for blob in image.blobs), image.bootstrap.digest]
         if claim.layer not in digests:
             if self._policy.must_be_sealed:
                 raise PolicyDenied(f"image {image.reference}: layer {claim.layer} is not sealed", reason="not-sealed")
-            if claim.parent_chain in ("", None, *verdict.chain[:-1]):
+            if claim.parent_chain in ("", None, *chain[:-1]):
                 raise _chain_mismatch(claim, image)
-            return LayerVerdict("ordinary", None)
+            return "ordinary"
         for index, digest in enumerate(digests):
-            parent = verdict.chain[index - 1] if index else ""
-            if digest == claim.layer and verdict.chain[index] == claim.chain_id and parent == claim.parent_chain:
-                last = index == len(digests) - 1
-                return LayerVerdict("image" if last else "data", verdict.record() if last else None)
+            parent = chain[index - 1] if index else ""
+            if digest == claim.layer and chain[index] == claim.chain_id and parent == claim.parent_chain:
+                return "image" if index == len(digests) - 1 else "data"
         raise _chain_mismatch(claim, image)
 
     async def _verdict(self, claim: LayerClaim) -> Verdict | OrdinaryImage:

@@ -23,7 +23,7 @@ async def serve(root: Path, address: Path, only_verified: bool) -> None:
     store = open_store(root)
     snapshotter = Snapshotter(root, store, FakeImages(root / "fake", only_verified=only_verified), Limits())
     await snapshotter.start()
-    with control.listen(address, socket.SOCK_STREAM) as listener:
+    with control.bind(address, socket.SOCK_STREAM) as listener:
         server = Server(snapshotter, root)
         await server.start(listener)
         await stop.wait()

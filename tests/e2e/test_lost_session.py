@@ -24,6 +24,7 @@ def test_new_containers_run_after_the_session_was_lost(node: NodeMaker, images: 
             until(lambda pid=pids[worker]: not alive(pid), "killed", 10)  # type: ignore[misc]
         old = guest.daemon.images_mounted()
         guest.daemon.start()
+        guest.containerd.wait_connected()
         assert guest.daemon.pids()["snapshotd"] != pids["snapshotd"]
         until(lambda: not guest.daemon.images_mounted(), "the dead mount is off its path", 10)
         assert guest.shell(reference, READ_ALL) == expected()

@@ -24,7 +24,7 @@ class Setup:
     def __init__(self, directory: Path) -> None:
         self.address = directory / "outer.sock"
         self.service, self.refusal = directory / "service.sock", directory / "refusal.sock"
-        self.listener = control.listen(self.address, socket.SOCK_STREAM)
+        self.listener = control.bind(self.address, socket.SOCK_STREAM)
         self.relay = Relay(self.listener, self.service, self.refusal)
         self.held = asyncio.Event()
 

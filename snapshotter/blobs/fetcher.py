@@ -8,56 +8,75 @@ verifies them. All methods run on the event loop unless they say otherwise.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
-from typing import Protocol
+from contextlib import aclosing
 
 import structlog
 
 from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Chunk, ChunkTable, Counters
+from snapshotter.blobs.source import RangeSource
 from snapshotter.config import Fetch
-from snapshotter.digest import Digest
 from snapshotter.errors import IntegrityError, RegistryUnavailable
 from snapshotter.registry.reference import Reference
 
 log = structlog.get_logger(__name__)
 
-FIRST_WINDOW = 128 << 10  # stored bytes of a read that continues nothing
-_NEAR = 2  # a miss at most this many windows behind a stream's end continues the stream
+FIRST_WINDOW = 256 << 10  # stored bytes of a read that continues nothing
 _STREAMS = 16  # remembered per blob
 _AHEAD_WINDOWS = 2  # kept in memory when the cache keeps nothing
 
 
-class RangeSource(Protocol):
-    """Where ciphertext comes from."""
-
-    async def read_range(
-        self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int
-    ) -> bytes: ...
-
-
 class _Flight:
-    """One range on its way: the chunks `first`…`last` of one blob."""
+    """One range on its way: the chunks `first`…`last` of one blob, which land one after the other."""
 
-    __slots__ = ("ahead", "asked", "done", "first", "last", "table", "waiters")
+    __slots__ = (
+        "_expected", "ahead", "asked", "ended", "first", "keeping", "landed", "last", "table", "waiters",
+    )  # fmt: skip
 
     def __init__(self, table: ChunkTable, first: int, last: int, ahead: bool) -> None:
         self.table, self.first, self.last, self.ahead = table, first, last, ahead
         self.waiters = 0  # now
+        self.keeping = False  # everything has landed and is being cached
+        self.ended = asyncio.Event()
         self.asked: set[int] = set()  # chunks that somebody has waited for
-        self.done: asyncio.Future[Sequence[memoryview]] = asyncio.get_running_loop().create_future()
+        self.landed: dict[int, memoryview] = {}
+        self._expected: dict[int, asyncio.Future[memoryview]] = {}
+
+    def expect(self, index: int) -> asyncio.Future[memoryview]:
+        """The stored bytes of a chunk, or what ended the flight. Shared: await it shielded."""
+        self.asked.add(index)
+        if index not in self._expected:
+            self._expected[index] = asyncio.get_running_loop().create_future()
+            if index in self.landed:
+                self._expected[index].set_result(self.landed[index])
+        return self._expected[index]
+
+    def land(self, index: int, stored: memoryview) -> None:
+        self.landed[index] = stored
+        if index in self._expected:
+            self._expected[index].set_result(stored)
+
+    def fail(self, error: Exception | None) -> None:
+        """What has not landed by now never will. None: cancelled."""
+        for expected in self._expected.values():
+            if not expected.done() and error is None:
+                expected.cancel()
+            elif not expected.done() and error is not None:
+                expected.set_exception(error)
+                expected.exception()  # whoever waited may be gone
 
 
 class _Stream:
     """A sequence of misses: which chunk is expected next, and how much to fetch then."""
 
-    __slots__ = ("continued", "end", "following", "window")
+    __slots__ = ("continued", "following", "last", "window")
 
-    def __init__(self, following: int, window: int) -> None:
+    def __init__(self, window: int) -> None:
         self.continued = False  # more than one read
-        self.following = following  # chunk behind the last one fetched
-        self.end = 0  # stored offset behind the last one fetched
+        self.last = 0  # first chunk of the last range
+        self.following = 0  # chunk behind it
         self.window = window  # stored bytes
 
 
@@ -82,7 +101,7 @@ class Fetcher:
         self._parallel = asyncio.Semaphore(config.parallel)
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._streams: dict[int, list[_Stream]] = {}
-        self._ahead: OrderedDict[tuple[int, int], memoryview] = OrderedDict()
+        self._ahead: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -100,34 +119,42 @@ class Fetcher:
                 found[index] = data
             else:
                 waits[index] = self._flights.get((table.node, index)) or self._start(table, index, indices[-1])
-                waits[index].asked.add(index)
+        expected = [flight.expect(index) for index, flight in waits.items()]
         flights = set(waits.values())
         for flight in flights:
             flight.waiters += 1
         try:
-            for flight in flights:
-                await asyncio.shield(flight.done)
+            for index, future in zip(waits, expected, strict=True):
+                found[index] = await asyncio.shield(future)
         finally:
             for flight in flights:
                 flight.waiters -= 1
-        found.update((index, flight.done.result()[index - flight.first]) for index, flight in waits.items())
         return [found[index] for index in indices]
 
     async def refetch(self, table: ChunkTable, index: int) -> bytes:
-        """This one chunk from the registry, whatever is cached or on its way. Not cached: it may be bad again."""
+        """This one chunk from the registry, because what came before was bad. Not cached: this may be, too."""
         flight = self._flights.get((table.node, index))
         if flight is not None:
-            await asyncio.wait([flight.done])
+            flight.landed.pop(index, None)  # or it would be cached now
+            if flight.keeping:
+                await flight.ended.wait()
         chunk = table.chunk(index)
         self._counters.add("retries")
-        async with self._parallel:
-            return await self._read(table, chunk.stored_offset, chunk.stored_size)
+        async with self._parallel, aclosing(self._stream_chunks(table, [chunk])) as chunks:
+            async for _, stored in chunks:
+                return bytes(stored)
+        raise AssertionError("a stream without its chunk ends in an error")
+
+    def warm_up(self, table: ChunkTable) -> None:
+        """Fetch a blob's first chunk: names are resolved and tokens granted before somebody waits for it."""
+        if table.count and (table.node, 0) not in self._flights and not self._present(table, 0):
+            self._launch(table, 0, 0, _Stream(0), ahead=True)
 
     def advance(self, table: ChunkTable, index: int) -> None:
         """A reader came to `table.trigger`: fetch the next window of its stream."""
         table.trigger = -1
         for stream in self._streams.get(table.node, ()):
-            if index < stream.following and stream.end - table.chunk(index).stored_offset <= 2 * stream.window:
+            if stream.last <= index < stream.following:
                 self._fetch_ahead(table, stream)
                 return
 
@@ -154,14 +181,13 @@ class Fetcher:
     def _stream(self, table: ChunkTable, first: int) -> _Stream:
         """The stream that a miss of `first` continues, with its window doubled; or a new one."""
         streams = self._streams.setdefault(table.node, [])
-        offset = table.chunk(first).stored_offset
         for stream in streams:
-            if stream.following <= first and offset - stream.end <= _NEAR * stream.window:
+            if stream.following == first:
                 streams.remove(stream)
                 stream.window, stream.continued = min(2 * stream.window, self._config.window), True
                 break
         else:
-            stream = _Stream(first, min(FIRST_WINDOW, self._config.window))
+            stream = _Stream(min(FIRST_WINDOW, self._config.window))
             del streams[: len(streams) - _STREAMS + 1]
         streams.append(stream)
         return stream
@@ -177,8 +203,7 @@ class Fetcher:
 
     def _launch(self, table: ChunkTable, first: int, last: int, stream: _Stream, *, ahead: bool) -> _Flight:
         flight = _Flight(table, first, self._extend(table, first, last, stream.window), ahead)
-        end = table.chunk(flight.last)
-        stream.following, stream.end = flight.last + 1, end.stored_offset + end.stored_size
+        stream.last, stream.following = flight.first, flight.last + 1
         for index in range(flight.first, flight.last + 1):
             self._flights[table.node, index] = flight
         task = asyncio.get_running_loop().create_task(self._fly(flight))
@@ -206,49 +231,64 @@ class Fetcher:
 
     async def _fly(self, flight: _Flight) -> None:
         table = flight.table
+        chunks = [table.chunk(index) for index in range(flight.first, flight.last + 1)]
+        error: Exception | None = None
         try:
             async with self._parallel:
                 if not flight.waiters and not flight.ahead:
                     raise RegistryUnavailable(f"blob {table.digest}: nobody waits for this any more")
-                chunks = [table.chunk(index) for index in range(flight.first, flight.last + 1)]
-                start = chunks[0].stored_offset
-                data = memoryview(
-                    await self._read(table, start, chunks[-1].stored_offset + chunks[-1].stored_size - start)
-                )
-            pieces = [data[c.stored_offset - start : c.stored_offset - start + c.stored_size] for c in chunks]
-            flight.done.set_result(pieces)
-            await self._keep(flight, chunks, pieces)
-        except asyncio.CancelledError:
-            flight.done.cancel()
-            raise
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits
+                async with aclosing(self._stream_chunks(table, chunks)) as stream:
+                    async for number, stored in stream:
+                        flight.land(number, stored)
+            flight.keeping = True
+            await self._keep(flight, chunks)
+        except Exception as caught:  # noqa: BLE001 - handed to whoever waits
+            error = caught
             if flight.ahead and not flight.waiters:
                 log.info("fetching ahead failed", blob=table.digest, error=str(error))
-            flight.done.set_exception(error)
-            flight.done.exception()  # nobody may be waiting
         finally:
+            flight.fail(error)
+            flight.ended.set()
             for index in range(flight.first, flight.last + 1):
                 del self._flights[table.node, index]
 
-    async def _keep(self, flight: _Flight, chunks: Sequence[Chunk], pieces: Sequence[memoryview]) -> None:
+    async def _keep(self, flight: _Flight, chunks: Sequence[Chunk]) -> None:
         """Cache what came. What the cache does not take stays in memory for a moment if nobody asked for it yet."""
-        kept = [False] * len(chunks)
+        landed = [(chunk, flight.landed[chunk.number]) for chunk in chunks if chunk.number in flight.landed]
+        kept = [False] * len(landed)
         if self._cache.keeps:
-            store: Callable[[], list[bool]] = lambda: [  # noqa: E731
-                self._cache.put(chunk.name, piece) for chunk, piece in zip(chunks, pieces, strict=True)
-            ]
-            kept = await asyncio.get_running_loop().run_in_executor(self._executor, store)
-        for chunk, piece, stored in zip(chunks, pieces, kept, strict=True):
-            if not stored and chunk.number not in flight.asked:
-                self._ahead[flight.table.node, chunk.number] = piece
+            kept = await asyncio.get_running_loop().run_in_executor(
+                self._executor, lambda: [self._cache.put(chunk.name, stored) for chunk, stored in landed]
+            )
+        for (chunk, stored), is_kept in zip(landed, kept, strict=True):
+            if not is_kept and chunk.number not in flight.asked:
+                self._ahead[flight.table.node, chunk.number] = bytes(stored)  # a copy lets the range go
         total = sum(map(len, self._ahead.values()))
         while total > _AHEAD_WINDOWS * self._config.window:
             total -= len(self._ahead.popitem(last=False)[1])
 
-    async def _read(self, table: ChunkTable, offset: int, length: int) -> bytes:
+    async def _stream_chunks(
+        self, table: ChunkTable, chunks: Sequence[Chunk]
+    ) -> AsyncGenerator[tuple[int, memoryview], None]:
+        """Adjacent chunks as they arrive. Raises IntegrityError for an answer of another length."""
         self._counters.add("requests")
-        data = await self._source.read_range(self._reference, table.digest, offset, length, table.size)
-        if len(data) != length:
-            raise IntegrityError(f"blob {table.digest}: {len(data)} bytes instead of {length}")
-        self._counters.add("fetched_bytes", length)
-        return data
+        start = chunks[0].stored_offset
+        length = chunks[-1].stored_offset + chunks[-1].stored_size - start
+        data, position, landed = memoryview(bytearray(length)), 0, 0
+        pieces = self._source.stream_range(self._reference, table.digest, start, length, table.size)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if position + len(piece) > length:
+                    raise IntegrityError(f"blob {table.digest}: more than the {length} bytes asked for")
+                data[position : position + len(piece)] = piece
+                position += len(piece)
+                self._counters.add("fetched_bytes", len(piece))
+                while landed < len(chunks):
+                    chunk = chunks[landed]
+                    begin, end = chunk.stored_offset - start, chunk.stored_offset - start + chunk.stored_size
+                    if end > position:
+                        break
+                    landed += 1
+                    yield chunk.number, data[begin:end]
+        if position != length:
+            raise IntegrityError(f"blob {table.digest}: {position} bytes instead of {length}")

@@ -26,13 +26,13 @@ from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters
 from snapshotter.blobs.fetcher import Fetcher
 from snapshotter.blobs.reader import ChunkReader, DecodedChunks
+from snapshotter.blobs.source import RangeSource, RegistryRanges
 from snapshotter.errors import FailedPrecondition, InvalidArgument, SnapshotterError
 from snapshotter.log import configure
 from snapshotter.ondemand.attachment import Attachment
 from snapshotter.ondemand.devices import Devices
 from snapshotter.ondemand.inflight import SessionMemory
 from snapshotter.ondemand.session import Session
-from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.reference import Reference
 
 log = structlog.get_logger(__name__)
@@ -49,7 +49,7 @@ _SWITCH_SECONDS = 0.0005  # a thread with a reply must not wait 5 ms for another
 class Blobd:
     """The process, apart from its signals. Create and use on the running loop."""
 
-    def __init__(self, settings: config.Config, client: RegistryClient, fds: dict[str, int]) -> None:
+    def __init__(self, settings: config.Config, source: RangeSource, fds: dict[str, int]) -> None:
         loop = asyncio.get_running_loop()
         self.ended = asyncio.Event()
         self._fds = fds
@@ -61,7 +61,7 @@ class Blobd:
 
         def make_fetcher(repository: str) -> Fetcher:
             reference = Reference.parse(repository)
-            return Fetcher(client, reference, self._cache, settings.fetch, self._counters, executor)
+            return Fetcher(source, reference, self._cache, settings.fetch, self._counters, executor)
 
         self._devices = Devices(
             ChunkReader(self._cache, decoded, self._counters, executor),
@@ -117,6 +117,7 @@ class Blobd:
             attachment.close()
             raise InvalidArgument(f"attach: this is image {attachment.image_id}, not {image_id}")
         self._devices.attach(attachment)
+        self._devices.warm_up(image_id)
         log.info("image attached", image=image_id, bootstrap=attachment.bootstrap_digest)
 
     async def _detach(self, image_id: int) -> None:
@@ -169,8 +170,8 @@ async def serve(settings: config.Config) -> int:
     # Each image bounds its own connections (fetch.parallel); a bound on all of them would let one frozen repository
     # of a host use up those of the others.
     registry = msgspec.structs.replace(settings.registry, connections=0)
-    client = await RegistryClient(registry, settings.limits).__aenter__()
-    blobd = Blobd(settings, client, fds)
+    source = await RegistryRanges(registry, settings.limits).__aenter__()
+    blobd = Blobd(settings, source, fds)
     stop = _Stop(blobd)
     blobd.start()
     log.info("blobd serves", pid=os.getpid(), version=__version__)

@@ -108,6 +108,12 @@ class Devices:
         self._nodes.update((device.node, device) for device in devices)
         self._images[attachment.image_id] = Image(attachment, fetcher, tuple(devices))
 
+    def warm_up(self, image_id: int) -> None:
+        """Make contact with the registry of an image that is about to be read."""
+        image = self._images[image_id]
+        for table in image.attachment.blobs[:1]:
+            image.fetcher.warm_up(table)
+
     async def detach(self, image_id: int) -> None:
         """Forget an image and what was decoded of it."""
         image = self._images.pop(image_id, None)

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +38,9 @@ class Source:
         while self.active < count:  # noqa: ASYNC110 - a few turns of the loop
             await asyncio.sleep(0)
 
-    async def read_range(self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int) -> bytes:
+    async def stream_range(
+        self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int
+    ) -> AsyncGenerator[bytes, None]:
         assert reference == REPOSITORY
         assert 0 <= offset < offset + length <= blob_size == len(self.blobs[digest])
         self.ranges.append((offset, offset + length))
@@ -48,7 +50,9 @@ class Source:
             await self.gate.wait()
             if self.error:
                 raise self.error
-            return self.flip(self.blobs[digest][offset : offset + length])
+            data = self.flip(self.blobs[digest][offset : offset + length])
+            for start in range(0, len(data), 16 << 10):
+                yield data[start : start + (16 << 10)]
         finally:
             self.active -= 1
 
@@ -295,9 +299,12 @@ async def test_errors_of_the_registry_reach_every_reader_and_are_not_remembered(
 
 
 async def test_a_short_answer_is_never_served(rig: Rig) -> None:
-    rig.source.flip = lambda data: data[:-1]
-    with pytest.raises(IntegrityError):
-        await rig.read(0, 100)
+    for flip in (lambda data: data[:100], lambda data: data + b"x"):
+        rig.source.flip = flip
+        with pytest.raises(IntegrityError):
+            await rig.read(0, rig.table.device_bytes)
+    rig.source.flip = lambda data: data[:40_000]
+    assert await rig.read(0, 100) == rig.plain[:100], "the first chunk arrived"
 
 
 async def test_without_a_cache_neighbours_wait_in_memory(make: Callable[..., Rig]) -> None:

@@ -6,7 +6,7 @@ computed here from what a layer *is*, and an image is refused if it claims other
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from snapshotter import labels
@@ -30,6 +30,7 @@ class LazyImage:
     bootstrap: Descriptor
     config: dict[str, Any]
     admission: Admission
+    documents: tuple[Digest, ...] = ()  # manifest, config, and an index on the way
 
     @property
     def encrypted(self) -> bool:
@@ -88,9 +89,9 @@ class Resolver:
         image = plan(reference, source, resolved.manifest, resolved.manifest_digest, resolved.config, admission)
         if isinstance(image, OrdinaryImage):
             self._policy.require_sealed(reference, False, "it has no bootstrap layer")
-        else:
-            self._policy.require_sealed(reference, image.encrypted, "its bootstrap layer is not encrypted")
-        return image
+            return image
+        self._policy.require_sealed(reference, image.encrypted, "its bootstrap layer is not encrypted")
+        return replace(image, documents=(*digests, resolved.manifest.config.digest))
 
     async def _through_index(self, reference: Reference, manifest: Digest) -> list[Digest]:
         """A tag may lead to a pinned index; the digests on that way, or only the manifest's when it does not."""

@@ -18,6 +18,7 @@ from snapshotter import labels
 from snapshotter.bootstrap.loader import LoadedImage, Loader
 from snapshotter.digest import Digest
 from snapshotter.errors import IntegrityError, PolicyDenied
+from snapshotter.image.documents import DocumentCache
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import LayerClaim, LazyImage, OrdinaryImage, Resolver
 from snapshotter.ondemand import attachment
@@ -79,8 +80,15 @@ class Images:
     """The `RemoteImages` of a real node."""
 
     def __init__(
-        self, resolver: Resolver, loader: Loader, policy: ImagePolicy, attachments: Attachments, mounter: Mounter
+        self,
+        documents: DocumentCache,
+        resolver: Resolver,
+        loader: Loader,
+        policy: ImagePolicy,
+        attachments: Attachments,
+        mounter: Mounter,
     ) -> None:
+        self._documents = documents
         self._resolver = resolver
         self._loader = loader
         self._policy = policy
@@ -133,6 +141,7 @@ class Images:
             verdict: Verdict | OrdinaryImage
             if isinstance(image, LazyImage):
                 loaded = await self._loader.load(image)
+                await self._documents.keep(image.documents)
                 verdict = Verdict(loaded)
                 _remember(self._loaded, key, loaded, LOADED)
             else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from snapshotter.bootstrap.loader import Loader
 from snapshotter.config import Config
+from snapshotter.image.documents import DocumentCache
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
 from snapshotter.keys import configured
@@ -20,7 +21,8 @@ async def open_images(
     """The images of this node, with connections to registries and key brokers. Raises ConfigError."""
     provider = configured.provider(settings.keys)
     async with RegistryClient(settings.registry, settings.limits) as registry:
-        loader = Loader(
-            registry, provider, Path(settings.cache_dir), settings.limits, must_be_sealed=policy.must_be_sealed
-        )
-        yield Images(Resolver(registry, policy, settings.limits), loader, policy, attachments, mounter)
+        cache, limits = Path(settings.cache_dir), settings.limits
+        documents = DocumentCache(registry, cache / "documents", limits)
+        loader = Loader(registry, provider, cache, limits, must_be_sealed=policy.must_be_sealed)
+        resolver = Resolver(documents, policy, limits)
+        yield Images(documents, resolver, loader, policy, attachments, mounter)

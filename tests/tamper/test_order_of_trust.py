@@ -26,6 +26,7 @@ from snapshotter.config import Limits, Policy, Size
 from snapshotter.crypto import layer as layer_crypto
 from snapshotter.digest import Digest
 from snapshotter.errors import FailedPrecondition, LimitExceeded, SnapshotterError
+from snapshotter.image.documents import DocumentCache
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
 from snapshotter.keys import jwe
@@ -163,7 +164,8 @@ class Node:
         self.plane = NoDataPlane()
         provider = FileKeys([key] if key else [])
         loader = Loader(source, provider, self.cache, limits, must_be_sealed=policy.must_be_sealed)
-        self.images = Images(Resolver(source, policy, limits), loader, policy, self.plane, self.plane)
+        documents = DocumentCache(source, self.cache / "documents", limits)
+        self.images = Images(documents, Resolver(documents, policy, limits), loader, policy, self.plane, self.plane)
 
     async def prepare(
         self, registry: Registry, manifest: Digest, reference: str | None = None, layer: int = 0,
@@ -221,7 +223,7 @@ async def test_an_authentic_image_is_admitted_layer_by_layer(
     assert record is not None
     assert record.sealed
     assert record.manifest == manifest
-    cached = [path.read_bytes() for path in node.cache.rglob("*") if path.is_file()]
+    cached = [path.read_bytes() for path in (node.cache / "bootstraps").iterdir()]
     assert cached == [registry.blob(record.bootstrap)]  # encrypted, as fetched
 
 
@@ -238,10 +240,24 @@ async def test_the_cached_bootstrap_layer_is_verified_again(made: World, registr
     manifest = registry.digest("app")
     first = Node(registry, made.keys.private, tmp_path)
     await first.prepare(registry, manifest)
-    (cached,) = (path for path in first.cache.rglob("*") if path.is_file())
-    cached.write_bytes(b"poison" + cached.read_bytes()[6:])
+    cached = [path for path in first.cache.rglob("*") if path.is_file()]
+    assert len(cached) == 3  # bootstrap layer, manifest, config
+    for path in cached:
+        path.write_bytes(b"poison" + path.read_bytes()[6:])
     second = Node(registry, made.keys.private, tmp_path)
     assert (await second.prepare(registry, manifest)).kind == "data"
+
+
+async def test_an_image_is_loaded_again_without_the_registry(made: World, registry: Registry, tmp_path: Path) -> None:
+    manifest = registry.digest("app")
+    await Node(registry, made.keys.private, tmp_path, "confidential").prepare(registry, manifest)
+    document = registry.manifest("app")
+    gone = Registry(tmp_path / "gone")
+    (gone.path / "blobs/sha256").mkdir(parents=True)
+    for needed in (manifest, document["config"]["digest"]):  # only for this test, to know what to ask for
+        (gone.path / "blobs/sha256" / needed[7:]).write_bytes(registry.blob(needed))
+    offline = Node(Registry(tmp_path / "nothing"), made.keys.private, tmp_path, "confidential")
+    assert (await offline.prepare(gone, manifest)).kind == "data"
 
 
 # step 0: origin

@@ -8,7 +8,7 @@ from snapshotter.build.chunker import Chunker, ChunkStore
 from snapshotter.build.merge import merge
 from snapshotter.build.stream import ByteStream, decompressed
 from snapshotter.build.tar import TarReader
-from snapshotter.build.tree import LayerTree, files, new_directory
+from snapshotter.build.tree import Budget, LayerTree, files, new_directory
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
 from snapshotter.errors import DigestMismatch
@@ -37,12 +37,13 @@ class LayerStack:
         self._chunker = chunker
         self._mtime_ns = mtime_ns
         self._limits = limits
+        self._budget = Budget(limits)
         self._assigned = bytearray()  # by chunk number
 
     def take(self, compressed: Iterator[bytes], diff_id: Digest) -> LayerSummary:
         """Read a layer to its end. Raises BadLayer, LimitExceeded, DigestMismatch when it is not `diff_id`."""
         stream = ByteStream(decompressed(compressed))
-        tree = LayerTree(self.root, self._limits)
+        tree = LayerTree(self.root, self._limits, self._budget)
         for entry in TarReader(stream, self._limits):
             node = tree.add(entry)
             if node is not None:

@@ -42,20 +42,38 @@ class Directory:
     opaque: bool = False  # everything of lower layers is gone
 
 
+class Budget:
+    """How much the trees of all layers of an image may hold: a gigabyte of metadata compresses to a small layer."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._inodes = limits.inodes
+        self._bytes = int(limits.bootstrap_unpacked_bytes)
+
+    def spend(self, size: int) -> None:
+        """One more inode, with `size` bytes of names, attributes and link target. Raises LimitExceeded."""
+        self._inodes -= 1
+        self._bytes -= size
+        if self._inodes < 0:
+            raise LimitExceeded("image: its layers have more entries than limits.inodes")
+        if self._bytes < 0:
+            raise LimitExceeded("image: metadata of its layers is larger than limits.bootstrap_unpacked_bytes")
+
+
 class LayerTree:
     """Grows by `add`; `root` is what the layer adds and hides. `lower` is the merged tree below, for hard links."""
 
-    def __init__(self, lower: Node, limits: Limits) -> None:
+    def __init__(self, lower: Node, limits: Limits, budget: Budget) -> None:
         self.root = Directory()
         self.entries = 0
         self._lower = lower
         self._limits = limits
+        self._budget = budget
 
     def add(self, entry: Entry) -> Node | None:
         """Place one entry. Returns the node of a regular file, whose chunks the caller fills. Raises BadLayer."""
         self.entries += 1
-        if self.entries > self._limits.inodes:
-            raise LimitExceeded("layer: more entries than limits.inodes")
+        attributes = sum(len(name) + len(value) for name, value in entry.xattrs.items())
+        self._budget.spend(len(entry.name) + len(entry.target) + attributes)
         parts = split(entry.name)
         if not parts:
             if entry.kind is Kind.DIRECTORY:
@@ -95,6 +113,7 @@ class LayerTree:
         for part in path:
             child = here.names.get(part)
             if child is None:
+                self._budget.spend(len(part))
                 child = here.names[part] = Directory()
             assert isinstance(child, Directory)
             here = child

@@ -7,7 +7,7 @@ from snapshotter.build.layers import every_node
 from snapshotter.build.merge import merge
 from snapshotter.build.stream import ByteStream
 from snapshotter.build.tar import TarReader
-from snapshotter.build.tree import LayerTree, files, new_directory
+from snapshotter.build.tree import Budget, LayerTree, files, new_directory
 from snapshotter.config import Limits
 from snapshotter.errors import BadLayer, LimitExceeded
 from snapshotter.formats.rafs6_write import Node
@@ -25,14 +25,18 @@ def link(name: bytes, target: bytes, **fields: object) -> bytes:
     return header(name, b"1", target=target, **fields)  # type: ignore[arg-type]
 
 
+def xattr(name: bytes, value: bytes) -> bytes:
+    return pax({b"SCHILY.xattr." + name: value})
+
+
 def symlink(name: bytes, target: bytes) -> bytes:
     return header(name, b"2", target=target)
 
 
 def stack(*layers: bytes, limits: Limits = LIMITS) -> Node:
-    root = new_directory(MTIME)
+    root, budget = new_directory(MTIME), Budget(limits)
     for data in layers:
-        tree = LayerTree(root, limits)
+        tree = LayerTree(root, limits, budget)
         for entry in TarReader(ByteStream(pieces(data + END)), limits):
             node = tree.add(entry)
             if node is not None:
@@ -93,7 +97,11 @@ def test_depth_and_count_are_limited() -> None:
     with pytest.raises(LimitExceeded):
         stack(pax({b"path": b"a/" * 50 + b"b"}) + member(b"x"), limits=Limits(directory_depth=40))
     with pytest.raises(LimitExceeded):
-        stack(member(b"a") + member(b"b") + member(b"c"), limits=Limits(inodes=2))
+        stack(member(b"a") + member(b"b"), member(b"c"), limits=Limits(inodes=2))
+    with pytest.raises(LimitExceeded):
+        stack(member(b"a/b/c/d"), limits=Limits(inodes=3))
+    with pytest.raises(LimitExceeded):
+        stack((xattr(b"user.a", b"x" * 600) + member(b"f")) * 3, limits=Limits(bootstrap_unpacked_bytes=1500))
 
 
 def test_the_deepest_path_works() -> None:
@@ -300,7 +308,7 @@ def test_a_hard_link_to_what_the_layer_hides_is_refused() -> None:
 
 def test_directory_order_is_by_name_with_directories_where_they_fall() -> None:
     root = new_directory(0)
-    tree = LayerTree(root, LIMITS)
+    tree = LayerTree(root, LIMITS, Budget(LIMITS))
     data = member(b"c", b"3") + member(b"b/z", b"22") + member(b"a-", b"1") + member(b"b/a", b"4444") + END
     for entry in TarReader(ByteStream(pieces(data)), LIMITS):
         tree.add(entry)

@@ -39,6 +39,8 @@ class ChunkTable(Protocol):
     digester: int
     count: int
     trigger: int  # a read of this chunk is to be told to the fetcher; -1: none
+    expected: int  # device offset at which the last large read would be continued
+    decoded_to: int  # chunks before this one were decoded ahead for it
 
     def find(self, offset: int) -> int:
         """Index of the last chunk that begins at or before a device offset; -1 if there is none."""

@@ -26,25 +26,37 @@ Buffer: TypeAlias = bytes | memoryview
 Key: TypeAlias = tuple[int, int]
 
 _ZEROS = memoryview(bytes(1 << 20))
+_LARGE = 128 << 10  # a read of a reader that reads on
+_AHEAD_READS = 2  # decoded ahead of such a reader
 
 
 class DecodedChunks:
-    """The chunks decoded last, at most `limit` bytes; a chunk that several threads want is decoded once."""
+    """The chunks decoded last, at most `limit` bytes; a chunk that several threads want is decoded once.
+
+    A chunk read to its end is let go: the kernel has it now, and its memory is still in the CPU's cache for the next.
+    """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._kept: OrderedDict[Key, bytes] = OrderedDict()
         self._bytes = 0
         self._busy: dict[Key, threading.Lock] = {}  # locked while somebody decodes
         self._lock = threading.Lock()
 
-    def get(self, key: Key, decode: Callable[[], bytes | None]) -> bytes | None:
-        """The chunk, by `decode` if nobody has it. What `decode` raises or None is given to its own caller only."""
+    def get(self, key: Key, decode: Callable[[], bytes | None], finished: bool = False) -> bytes | None:
+        """The chunk, by `decode` if nobody has it. What `decode` raises or None is given to its own caller only.
+
+        `finished`: it will probably not be wanted again.
+        """
         while True:
             with self._lock:
                 found = self._kept.get(key)
                 if found is not None:
-                    self._kept.move_to_end(key)
+                    if finished:
+                        del self._kept[key]
+                        self._bytes -= len(found)
+                    else:
+                        self._kept.move_to_end(key)
                     return found
                 busy = self._busy.get(key)
                 if busy is None:
@@ -59,7 +71,7 @@ class DecodedChunks:
             return plain
         finally:
             with self._lock:
-                if plain is not None:
+                if plain is not None and not finished:
                     self._keep(key, plain)
                 del self._busy[key]
             mine.release()
@@ -73,7 +85,7 @@ class DecodedChunks:
     def _keep(self, key: Key, plain: bytes) -> None:
         self._kept[key] = plain
         self._bytes += len(plain)
-        while self._bytes > self._limit:
+        while self._bytes > self.limit:
             self._bytes -= len(self._kept.popitem(last=False)[1])
 
 
@@ -88,7 +100,26 @@ class ChunkReader:
 
     def cached(self, table: ChunkTable, offset: int, length: int) -> list[Buffer] | None:
         """The bytes, in pieces, if every chunk is on this machine and good. Cut at the end of the device."""
-        return assemble(table, offset, length, lambda chunk: self._local(table, chunk))
+        pieces = assemble(table, offset, length, lambda chunk, finished: self._local(table, chunk, finished))
+        if length >= _LARGE and pieces is not None:
+            self._continue(table, offset, length)
+        return pieces
+
+    def _continue(self, table: ChunkTable, offset: int, length: int) -> None:
+        """Decode ahead of a sequential reader: the kernel asks for the next window only when it has this one."""
+        end = offset + length
+        if offset == table.expected:
+            following = span(table, end, min(_AHEAD_READS * length, self._decoded.limit // 2))
+            for index in range(max(following.start, table.decoded_to), following.stop):
+                self._executor.submit(self._decode_ahead, table, table.chunk(index))
+            table.decoded_to = max(table.decoded_to, following.stop)
+        else:
+            table.decoded_to = 0
+        table.expected = end
+
+    def _decode_ahead(self, table: ChunkTable, chunk: Chunk) -> None:
+        if chunk.offset >= table.expected:  # else its reader was faster
+            self._local(table, chunk, False)
 
     async def read(self, table: ChunkTable, fetcher: Fetcher, offset: int, length: int) -> list[Buffer]:
         """The bytes, in pieces. Raises IntegrityError, or what the registry raises."""
@@ -107,11 +138,11 @@ class ChunkReader:
             )
         )
         plain.update(zip(missing, contents, strict=True))
-        pieces = assemble(table, offset, length, lambda chunk: plain[chunk.number])
+        pieces = assemble(table, offset, length, lambda chunk, _: plain[chunk.number])
         assert pieces is not None
         return pieces
 
-    def _local(self, table: ChunkTable, chunk: Chunk) -> bytes | None:
+    def _local(self, table: ChunkTable, chunk: Chunk, finished: bool) -> bytes | None:
         def decode() -> bytes | None:
             name = chunk.name
             stored = self._cache.get(name, chunk.stored_size)
@@ -123,7 +154,7 @@ class ChunkReader:
                 self._failed(table, chunk, error)
                 return None
 
-        return self._decoded.get((table.node, chunk.number), decode)
+        return self._decoded.get((table.node, chunk.number), decode, finished)
 
     async def _verified(self, table: ChunkTable, fetcher: Fetcher, chunk: Chunk, stored: Buffer) -> bytes:
         """The content of a chunk, from `stored` or from one more fetch."""
@@ -171,9 +202,12 @@ def span(table: ChunkTable, offset: int, length: int) -> range:
 
 
 def assemble(
-    table: ChunkTable, offset: int, length: int, content: Callable[[Chunk], bytes | None]
+    table: ChunkTable, offset: int, length: int, content: Callable[[Chunk, bool], bytes | None]
 ) -> list[Buffer] | None:
-    """The pieces of a range of the device; None as soon as `content` has none. Between chunks there are zeros."""
+    """The pieces of a range of the device; None as soon as `content` has none. Between chunks there are zeros.
+
+    `content(chunk, finished)`: the decoded chunk; `finished` if the range goes up to its end.
+    """
     end = min(offset + length, table.device_bytes)
     pieces: list[Buffer] = []
     index = table.find(offset)
@@ -184,7 +218,7 @@ def assemble(
             chunk = table.chunk(index)
             stop = min(chunk.offset + chunk.size, end)
             if position < stop:
-                plain = content(chunk)
+                plain = content(chunk, stop == chunk.offset + chunk.size)
                 if plain is None:
                     return None
                 whole = position == chunk.offset and stop - position == chunk.size

@@ -57,17 +57,9 @@ class BlobTable:
     """The chunks of one attached blob: a `blobs.chunks.ChunkTable`."""
 
     __slots__ = (
-        "_index",
-        "_records",
-        "count",
-        "device_bytes",
-        "digest",
-        "digester",
-        "node",
-        "sealed",
-        "size",
-        "trigger",
-    )
+        "_index", "_records", "count", "decoded_to", "device_bytes", "digest", "digester", "expected", "node", "sealed",
+        "size", "trigger",
+    )  # fmt: skip
 
     def __init__(self, view: memoryview, position: int, node: int) -> None:
         """Read the descriptor at `position`. Raises MalformedImage if it points outside of `view`."""
@@ -76,7 +68,8 @@ class BlobTable:
         self.size, self.device_bytes, _codec, self.digester, sealed, self.count = raw[1:7]
         self.sealed = bool(sealed)
         self.node = node
-        self.trigger = -1
+        self.trigger = self.expected = -1
+        self.decoded_to = 0
         self._index = _slice(view, raw[7], 4 * self.count, 4).cast("I")
         self._records = _slice(view, raw[8], _RECORD.size * self.count, 8)
 

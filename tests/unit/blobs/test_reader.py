@@ -161,7 +161,7 @@ async def test_a_device_without_chunks_is_zeros(tmp_path: Path) -> None:
             return -1
 
     table: BlobTable = Empty()  # type: ignore[assignment]
-    assert b"".join(assemble(table, 100, 5000, lambda _: b"") or ()) == bytes(5000)
+    assert b"".join(assemble(table, 100, 5000, lambda *_: b"") or ()) == bytes(5000)
     assert list(span(table, 100, 5000)) == []
 
 

@@ -25,6 +25,7 @@ from tests.bench.table import Row, show
 from tests.dataplane import BlobServer, Machine, build, forget_pages
 
 PAGE = 4096
+DEFAULT_CHUNK = 256 << 10  # the converter's, for which the targets are
 TOUCHES = 200
 SEQUENTIAL_RATIO, TOUCH_FACTOR, IDLE_MIB = 0.6, 1.3, 60  # targets
 
@@ -135,14 +136,14 @@ def measure(size: int, chunk_size: int, rounds: int, driver: str, directory: Pat
         Row(group, "cold page of a decoded chunk", f"{best['floor'] * 1e6:.0f} µs"),
         Row(group, "cold page of another chunk", f"{best['touch'] * 1e6:.0f} µs",
             f"{best['bare one'] * 1e6:.0f} µs bare decode", best["touch"] / target,
-            f"≤ {target * 1e6:.0f} µs", best["touch"] <= target),
+            f"≤ {target * 1e6:.0f} µs", best["touch"] <= target if chunk_size == DEFAULT_CHUNK else None),
         Row(group, "blobd resident, idle", f"{idle:.0f} MiB", f"{used:.0f} MiB after", None, f"< {IDLE_MIB} MiB",
             idle < IDLE_MIB),
     ]  # fmt: skip
 
 
 def rows(
-    size: int = 128 << 20, chunk_sizes: Sequence[int] = (64 << 10, 256 << 10), rounds: int = 8, driver: str = "auto"
+    size: int = 128 << 20, chunk_sizes: Sequence[int] = (64 << 10, DEFAULT_CHUNK), rounds: int = 8, driver: str = "auto"
 ) -> list[Row]:
     """Ratios are medians over rounds that each measure both sides; times are the best of all rounds."""
     found = []

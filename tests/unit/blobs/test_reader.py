@@ -336,6 +336,20 @@ async def test_decoded_chunks_are_bounded_and_decoded_once(make: Callable[..., R
         await rig.close()
 
 
+async def test_a_sequential_reader_finds_the_next_chunks_decoded(make: Callable[..., Rig]) -> None:
+    rig = make(decoded=16 * CHUNK)
+    try:
+        await rig.read(0, rig.table.device_bytes)
+        await rig.settle()
+        rig.decoded.forget(rig.table.node)
+        for offset in range(0, 8 * CHUNK, 2 * CHUNK):
+            assert rig.cached(offset, 2 * CHUNK) == rig.plain[offset : offset + 2 * CHUNK]
+        rig.executor.shutdown()
+        assert {8, 9, 10} <= {index for _, index in rig.decoded._kept}
+    finally:
+        await rig.close()
+
+
 def test_two_threads_that_want_one_chunk_decode_it_once() -> None:
     decoded = DecodedChunks(100)
     calls = []

@@ -131,12 +131,23 @@ def main() -> int:
     work = Work("demo")
     try:
         with work:
-            perform(Stage(work, report))
+            try:
+                perform(Stage(work, report))
+            except BaseException:
+                _show_logs(work)
+                raise
     except LeftBehindError as error:
         left = str(error)
     report.proof("ends_clean", left.endswith("nothing") and not work.path.exists() and not work.leftovers(), left)
     print(report.json())
     return 0 if report.ok else 1
+
+
+def _show_logs(work: Work) -> None:
+    """The last words of every process of the run, before its directory is removed."""
+    for log in sorted(work.directory("log").glob("*.err")):
+        lines = log.read_text(errors="replace").splitlines()[-8:]
+        print(f"--- {log.stem}", *lines, sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -286,8 +286,9 @@ def _records(data: bytes) -> dict[bytes, bytes]:
     at = 0
     while at < len(data):
         space = data.find(b" ", at, at + 21)
-        length = sparse.decimal(data[at:space]) if space > 0 else 0
-        end = at + length
+        if space < 0:
+            raise BadLayer("layer: malformed PAX header")
+        end = at + sparse.decimal(data[at:space])
         if end > len(data) or end <= space + 1 or data[end - 1] != 0x0A:
             raise BadLayer("layer: malformed PAX header")
         key, separator, value = data[space + 1 : end - 1].partition(b"=")

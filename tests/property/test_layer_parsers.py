@@ -91,6 +91,14 @@ def test_any_bytes_as_extension_records(body: bytes) -> None:
         read(data)
 
 
+def test_a_record_without_a_length_ends_the_header() -> None:
+    """It once made the reader stand still."""
+    body = b"12 path=abc\n" + b"x" * 40
+    data = header(b"x", b"x", size=len(body)) + body + bytes(-len(body) % BLOCK) + member(b"f") + END
+    with pytest.raises(BadLayer, match="PAX"):
+        read(data)
+
+
 def test_no_header_makes_the_reader_allocate_what_it_asks_for() -> None:
     asking = [
         header(b"x", kind, size=b"\x80" + bytes(3) + b"\x7f" + bytes(7))

@@ -148,7 +148,7 @@ def mounted(kind: str, configure: Callable[[int], None], target: Path) -> Iterat
     try:
         yield target
     finally:
-        syscalls.umount(str(target))
+        syscalls.umount(str(target), syscalls.MNT_DETACH)  # whoever looks at all mounts may hold it for a moment
 
 
 @contextmanager

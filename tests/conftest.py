@@ -17,7 +17,7 @@ import pytest
 import structlog
 from hypothesis import settings
 
-from tests.harness import machine
+from tests.harness import debian, machine
 
 ROOT = Path(__file__).parents[1]
 CI = os.environ.get("CI") == "true"
@@ -180,6 +180,15 @@ def fixtures_dir() -> Path:
     if path is None:
         pytest.skip("no reference fixtures: set COCO_FIXTURES")
     return path
+
+
+@pytest.fixture(scope="session")
+def nydus_image() -> str:
+    """The stock tool that must accept plain images and refuse sealed ones: on the path, or where setup.sh builds it."""
+    found = shutil.which("nydus-image", path=f"{os.environ.get('PATH', '')}:{debian.cache_directory() / 'bin'}")
+    if found is None:
+        pytest.skip("no nydus-image (tests/setup.sh builds it where there is a Rust toolchain)")
+    return found
 
 
 @pytest.fixture

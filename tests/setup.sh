@@ -46,3 +46,18 @@ if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.installed 2>/dev/null)" != "$sta
   .venv/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
   echo "$stamp" >.venv/.installed
 fi
+
+# The stock Nydus tool, as a judge of plain images: from crates.io, once, where there is a Rust toolchain (five minutes).
+cache="${COCO_CACHE:-/var/cache/coco-snapshotter-tests}"
+if ! PATH="$PATH:$cache/bin" command -v nydus-image >/dev/null && command -v cargo >/dev/null; then
+  say "building nydus-image 2.2.0 into $cache/bin"
+  mkdir -p "$cache"
+  log=$(mktemp)
+  export DEBIAN_FRONTEND=noninteractive
+  { apt-get -qq -y --no-install-recommends install gcc libc6-dev libssl-dev pkg-config cmake make || true
+    cargo install nydus-rs --version 2.2.0 --locked --bin nydus-image --root "$cache"; } >"$log" 2>&1 || {
+    tail -n 20 "$log" >&2
+    echo "nydus-image was not built; its tests are skipped" >&2
+  }
+  rm -f "$log"
+fi

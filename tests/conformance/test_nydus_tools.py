@@ -1,10 +1,5 @@
-"""Stock tools accept the plain images that the writer writes, and refuse sealed ones instead of showing garbage.
+"""Stock tools accept the plain images that the writer writes, and refuse sealed ones instead of showing garbage."""
 
-nydus-image is looked for in $COCO_NYDUS_BIN, on the path and in /opt/nydus/bin.
-"""
-
-import os
-import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -15,22 +10,16 @@ from snapshotter.formats.rafs6_write import Node
 from tests import trees
 from tests.trees import LZ4, NONE, ZSTD, Blob, directory, symlink
 
-_PATH = os.pathsep.join((os.environ.get("COCO_NYDUS_BIN", ""), os.environ.get("PATH", ""), "/opt/nydus/bin"))
-NYDUS_IMAGE = shutil.which("nydus-image", path=_PATH)
 
-if NYDUS_IMAGE is None:
-    pytest.skip("nydus-image is not installed", allow_module_level=True)
-
-
-def check(work: Path, bootstrap: bytes, blobs: list[Blob]) -> subprocess.CompletedProcess[str]:
+def check(nydus_image: str, work: Path, bootstrap: bytes, blobs: list[Blob]) -> subprocess.CompletedProcess[str]:
     directory = work / "blobs"
     directory.mkdir()
     for blob in blobs:
         table, stored = blob.finish()
         (directory / table.entry.blob_id).write_bytes(stored)
     (work / "boot").write_bytes(bootstrap)
-    command = [NYDUS_IMAGE, "check", "-v", str(work / "boot"), "-D", str(directory)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # type: ignore[arg-type]
+    command = [nydus_image, "check", "-v", str(work / "boot"), "-D", str(directory)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def tree(*blobs: Blob) -> Node:
@@ -53,30 +42,30 @@ def tree(*blobs: Blob) -> Node:
 
 @pytest.mark.parametrize("codec", [NONE, LZ4, ZSTD])
 @pytest.mark.parametrize("chunk_size", [4096, 65536])
-def test_a_plain_image_is_valid(tmp_path: Path, codec: int, chunk_size: int) -> None:
+def test_a_plain_image_is_valid(nydus_image: str, tmp_path: Path, codec: int, chunk_size: int) -> None:
     blobs = [Blob(index, chunk_size, codec) for index in range(2)]
     root = tree(*blobs)
     assert root.children is not None
     prefetch = [root.children[b"large"], root.children[b"twice"]]
-    done = check(tmp_path, trees.write(root, *blobs, prefetch=prefetch), blobs)
+    done = check(nydus_image, tmp_path, trees.write(root, *blobs, prefetch=prefetch), blobs)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "RAFS filesystem metadata is valid" in done.stdout
     assert f'"/many/{299:060d}"' in done.stdout
 
 
 @pytest.mark.parametrize("count", [0, 1, 30, 253])
-def test_any_number_of_blobs_is_valid(tmp_path: Path, count: int) -> None:
+def test_any_number_of_blobs_is_valid(nydus_image: str, tmp_path: Path, count: int) -> None:
     blobs = [Blob(index) for index in range(count)]
     root = directory({b"%d" % blob.index: blob.file(b"content %d" % blob.index) for blob in blobs})
-    done = check(tmp_path, trees.write(root, *blobs), blobs)
+    done = check(nydus_image, tmp_path, trees.write(root, *blobs), blobs)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_sealed_image_is_refused(tmp_path: Path) -> None:
+def test_a_sealed_image_is_refused(nydus_image: str, tmp_path: Path) -> None:
     blob = Blob(chunk_size=65536, codec=ZSTD, sealed=True)
-    done = check(tmp_path, trees.write(tree(blob), blob), [blob])
+    done = check(nydus_image, tmp_path, trees.write(tree(blob), blob), [blob])
     assert done.returncode != 0
-    command = [NYDUS_IMAGE, "inspect", "-R", "blobs", str(tmp_path / "boot")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # type: ignore[arg-type]
+    command = [nydus_image, "inspect", "-R", "blobs", str(tmp_path / "boot")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert "invalid RAFS flags" in done.stdout + done.stderr

@@ -17,8 +17,6 @@ from tests.unit.build import images
 from tests.unit.build.images import KeyPair
 from tests.unit.build.tars import header
 
-NYDUS_IMAGE = Path("/opt/nydus/bin/nydus-image")
-
 
 @pytest.fixture
 def keys(tmp_path: Path) -> KeyPair:
@@ -209,10 +207,9 @@ def test_a_sparse_file_of_64_gib_takes_seconds_and_little_memory(work: Work, tmp
         assert json.load(file)["manifests"]
 
 
-@pytest.mark.peer
-def test_nydus_image_accepts_plain_images_and_refuses_sealed_ones(tmp_path: Path, keys: KeyPair, source: str) -> None:
-    if not NYDUS_IMAGE.exists():
-        pytest.skip(f"no {NYDUS_IMAGE}")
+def test_nydus_image_accepts_plain_images_and_refuses_sealed_ones(
+    nydus_image: str, tmp_path: Path, keys: KeyPair, source: str
+) -> None:
     layout_path = tmp_path / "source"
     for reader in (None, keys):
         target = tmp_path / f"out-{reader is None}"
@@ -222,14 +219,11 @@ def test_nydus_image_accepts_plain_images_and_refuses_sealed_ones(tmp_path: Path
             _, found = images.run(images.opened(target, reader, codec))
             bootstrap = tmp_path / "image.boot"
             bootstrap.write_bytes(found.files["image/image.boot"])
-            done = subprocess.run([NYDUS_IMAGE, "check", "--bootstrap", bootstrap], capture_output=True, check=False)
+            done = subprocess.run([nydus_image, "check", "--bootstrap", bootstrap], capture_output=True, check=False)
             assert (done.returncode == 0) == (reader is None), done.stderr.decode()
 
 
-@pytest.mark.peer
-def test_nydus_image_unpacks_a_plain_image(tmp_path: Path, source: str) -> None:
-    if not NYDUS_IMAGE.exists():
-        pytest.skip(f"no {NYDUS_IMAGE}")
+def test_nydus_image_unpacks_a_plain_image(nydus_image: str, tmp_path: Path, source: str) -> None:
     single = images.layout(tmp_path / "single", [images.tar_of(tiny.data_members())])
     images.run(images.convert(single, tmp_path / "out", images.options(None, chunk_size=65536)))
     _, found = images.run(images.opened(tmp_path / "out", None))
@@ -237,7 +231,7 @@ def test_nydus_image_unpacks_a_plain_image(tmp_path: Path, source: str) -> None:
     bootstrap.write_bytes(found.files["image/image.boot"])
     blob = tmp_path / "out/blobs/sha256" / found.devices[0].digest.removeprefix("sha256:")
     done = subprocess.run(
-        [NYDUS_IMAGE, "unpack", "--bootstrap", bootstrap, "--blob", blob, "--output", output],
+        [nydus_image, "unpack", "--bootstrap", bootstrap, "--blob", blob, "--output", output],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -7,11 +7,11 @@ say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 # program:package
 needed="containerd:containerd runc:runc docker-registry:docker-registry skopeo:skopeo debootstrap:debootstrap
 mkfs.erofs:erofs-utils busybox:busybox-static setfattr:attr setfacl:acl setcap:libcap2-bin fio:fio openssl:openssl git:git
-mkfs.ext4:e2fsprogs losetup:mount iptables:iptables"
+mkfs.ext4:e2fsprogs losetup:mount time:time umoci:umoci"
 export PATH="$PATH:/usr/sbin:/sbin"
 missing=""
 for pair in $needed; do
-  command -v "${pair%%:*}" >/dev/null || missing="$missing ${pair##*:}"
+  type -P "${pair%%:*}" >/dev/null || missing="$missing ${pair##*:}"
 done
 [ -x .venv/bin/python ] || python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
 

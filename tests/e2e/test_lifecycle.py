@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 
 import pytest
 
@@ -134,7 +135,13 @@ def test_a_second_daemon_on_the_same_root_refuses(node: NodeMaker, images: Image
 
 
 def test_mode_confidential_refuses_a_root_on_a_disk(work: Work) -> None:
-    daemon = Serve(work, "disk", {"mode": "confidential"}, start=False)
+    image, disk = work.path / "disk.img", work.directory("disk")
+    image.write_bytes(b"")
+    os.truncate(image, 16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, disk], check=True)
+    work.stack.callback(subprocess.run, ["umount", str(disk)], check=True)
+    daemon = Serve(work, "untrusted", {"mode": "confidential"}, root=disk / "state", start=False)
     process = daemon.spawn()
     assert process.wait(20) == 2
     assert "trusted_devices" in process.errors()

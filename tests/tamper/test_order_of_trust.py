@@ -10,55 +10,23 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from snapshotter import labels
-from snapshotter.bootstrap.loader import Loader
 from snapshotter.cli.main import main
-from snapshotter.config import Limits, Policy, Size
+from snapshotter.config import Limits, Size
 from snapshotter.crypto import layer as layer_crypto
 from snapshotter.digest import Digest
 from snapshotter.errors import FailedPrecondition, LimitExceeded, SnapshotterError
-from snapshotter.image.documents import DocumentCache
-from snapshotter.image.policy import ImagePolicy
-from snapshotter.image.resolver import Resolver
 from snapshotter.keys import jwe
-from snapshotter.keys.provider import FileKeys
-from snapshotter.registry.layout import OciLayout
-from snapshotter.snapshots.images import Images
-from snapshotter.snapshots.remote import LayerRequest, LayerVerdict
+from snapshotter.snapshots.remote import LayerRequest
 from tests.harness import tiny
-
-REPOSITORY = "registry.example/team/app"
-
-
-@dataclass
-class Keys:
-    private: Path
-    public: Path
-
-    @classmethod
-    def make(cls, directory: Path, name: str) -> "Keys":
-        private, public = directory / f"{name}.pem", directory / f"{name}.pub"
-        subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private], check=True)
-        subprocess.run(["openssl", "ec", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
-        return cls(private, public)
-
-
-@dataclass
-class World:
-    """Two source images, one sealed twice by different people, one plain; in one layout."""
-
-    keys: Keys
-    stranger: Keys
-    layout: Path
+from tests.tamper.attacker import REPOSITORY, Keys, Node, Registry, World, chain_ids, refused
 
 
 @pytest.fixture(scope="module")
@@ -81,130 +49,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(keys, stranger, out)
 
 
-@dataclass
-class NoDataPlane:
-    """Refusals happen before anything is attached or mounted; this records that nothing was."""
-
-    calls: list[str] = field(default_factory=list)
-
-    async def attached(self, attach_id: int) -> int | None:
-        self.calls.append("attached")
-        return None
-
-    async def attach(self, attach_id: int, memfd: int) -> None:
-        self.calls.append("attach")
-
-    async def detach(self, attach_id: int) -> None:
-        self.calls.append("detach")
-
-    async def mount(self, image_id: int, devices: int, target: Path) -> None:
-        self.calls.append("mount")
-
-    async def unmount(self, target: Path) -> None:
-        self.calls.append("unmount")
-
-    def is_mounted(self, target: Path) -> bool:
-        return False
-
-
-class Registry:
-    """A layout that an attacker edits."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def blob(self, digest: str) -> bytes:
-        return (self.path / "blobs/sha256" / digest[7:]).read_bytes()
-
-    def put(self, content: bytes) -> dict[str, Any]:
-        digest = hashlib.sha256(content).hexdigest()
-        (self.path / "blobs/sha256" / digest).write_bytes(content)
-        return {"digest": f"sha256:{digest}", "size": len(content)}
-
-    def overwrite(self, digest: str, content: bytes) -> None:
-        (self.path / "blobs/sha256" / digest[7:]).write_bytes(content)
-
-    def digest(self, tag: str) -> Digest:
-        for entry in json.loads((self.path / "index.json").read_bytes())["manifests"]:
-            if entry["annotations"]["org.opencontainers.image.ref.name"] == tag:
-                return Digest(entry["digest"])
-        raise KeyError(tag)
-
-    def manifest(self, tag: str) -> dict[str, Any]:
-        return json.loads(self.blob(self.digest(tag)))  # type: ignore[no-any-return]
-
-    def config(self, tag: str) -> dict[str, Any]:
-        return json.loads(self.blob(self.manifest(tag)["config"]["digest"]))  # type: ignore[no-any-return]
-
-    def forge(self, tag: str, edit: Callable[[dict[str, Any], dict[str, Any]], None]) -> Digest:
-        """A new manifest made from that of `tag`; `edit` changes manifest and config in place."""
-        manifest, config = self.manifest(tag), self.config(tag)
-        edit(manifest, config)
-        manifest["config"] |= self.put(json.dumps(config).encode())
-        return Digest(self.put(json.dumps(manifest).encode())["digest"])
-
-
 @pytest.fixture
 def registry(made: World, tmp_path: Path) -> Registry:
     shutil.copytree(made.layout, tmp_path / "registry")
     return Registry(tmp_path / "registry")
-
-
-class Node:
-    """A node that pulls: real rooms over an attacker's registry."""
-
-    def __init__(
-        self, registry: Registry, key: Path | None, tmp: Path, mode: str = "open", require: str = "any", *pins: str,
-        limits: Limits | None = None,
-    ) -> None:  # fmt: skip
-        limits = limits or Limits()
-        policy = ImagePolicy.of(mode, Policy(require=require, pins=pins))  # type: ignore[arg-type]
-        source = OciLayout(registry.path, limits)
-        self.cache = tmp / "cache"
-        self.plane = NoDataPlane()
-        provider = FileKeys([key] if key else [])
-        loader = Loader(source, provider, self.cache, limits, must_be_sealed=policy.must_be_sealed)
-        documents = DocumentCache(source, self.cache / "documents", limits)
-        self.images = Images(documents, Resolver(documents, policy, limits), loader, policy, self.plane, self.plane)
-
-    async def prepare(
-        self, registry: Registry, manifest: Digest, reference: str | None = None, layer: int = 0,
-        chain: list[str] | None = None,
-    ) -> LayerVerdict:  # fmt: skip
-        """What containerd asks for layer number `layer`, with the chain ids that the image's config claims."""
-        document = json.loads(registry.blob(manifest))
-        claimed = chain or chain_ids(json.loads(registry.blob(document["config"]["digest"]))["rootfs"]["diff_ids"])
-        digests = [entry["digest"] for entry in document["layers"]]
-        snapshot_labels = {
-            labels.SNAPSHOT_REF: claimed[layer],
-            labels.CRI_IMAGE_REF: reference or f"{REPOSITORY}@{manifest}",
-            labels.CRI_MANIFEST_DIGEST: manifest,
-            labels.CRI_LAYER_DIGEST: digests[layer],
-            labels.CRI_IMAGE_LAYERS: ",".join(digests[layer:]),
-        }
-        annotations = document["layers"][layer].get("annotations", {})
-        snapshot_labels |= {k: v for k, v in annotations.items() if k.startswith("containerd.io/snapshot/")}
-        parent = claimed[layer - 1] if layer else ""
-        return await self.images.resolve(LayerRequest("k8s.io", snapshot_labels, claimed[layer], parent))
-
-    def assert_nothing_left(self) -> None:
-        assert self.plane.calls == []
-        assert not self.cache.exists() or not [path for path in self.cache.rglob("*") if path.is_file()]
-
-
-def chain_ids(diff_ids: list[str]) -> list[str]:
-    chain = [diff_ids[0]]
-    for diff_id in diff_ids[1:]:
-        chain.append("sha256:" + hashlib.sha256(f"{chain[-1]} {diff_id}".encode()).hexdigest())
-    return chain
-
-
-async def refused(node: Node, registry: Registry, manifest: Digest, reason: str, **how: Any) -> SnapshotterError:
-    with pytest.raises(SnapshotterError) as caught:
-        await node.prepare(registry, manifest, **how)
-    assert caught.value.reason == reason, str(caught.value)
-    node.assert_nothing_left()
-    return caught.value
 
 
 # the good cases, so that the refusals mean something

@@ -5,7 +5,6 @@ import json
 import lzma
 import os
 import stat
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ def test_ordinary_layers_on_a_sealed_base(node: NodeMaker, images: Images) -> No
 def foreign_image(images: Images, work: Work, fixture: Path, name: str) -> Image:
     """Push a bootstrap and its blobs, as another tool wrote them, the way that tool's image would list them."""
     source = work.directory(name)
-    subprocess.run(["tar", "-xJf", fixture, "-C", source], check=True)
+    oci.unpack(fixture, source)
     [top] = [path.parent for path in source.rglob("boot")]
     layout = oci.Layout(work.path / f"{name}.oci")
     boot = (top / "boot").read_bytes()

@@ -176,7 +176,9 @@ class Containerd:
         """Mount a read-only view of the committed snapshot `top` at `target`, as containerd is told to mount it."""
         key = self.new_identity()
         named = ("snapshots", "--snapshotter", self.layout.snapshotter)
+        self.collect_garbage()  # a collection that the pull has caused would take the view, which nothing refers to yet
         self.ctr(*named, "view", key, top)
+        self.ctr(*named, "label", key, "containerd.io/gc.root=view")
         try:
             subprocess.run(["sh", "-ec", self.ctr(*named, "mounts", str(target), key)], check=True)
             try:
@@ -201,8 +203,11 @@ class Containerd:
     def remove_image(self, reference: str) -> None:
         """Remove an image and wait until garbage collection has removed its snapshots and content."""
         self.cri.remove(reference)
-        # `--sync` on any removal runs the collector and waits for it; the name need not exist any more.
         self.try_ctr("images", "rm", "--sync", reference)
+        self.collect_garbage()
+
+    def collect_garbage(self) -> None:
+        """Run containerd's collector and wait for it: removing a lease with --sync does that."""
         self.try_ctr("leases", "create", "--id", "gc-now", "--expires", "1s")
         self.try_ctr("leases", "rm", "--sync", "gc-now")
 

@@ -100,7 +100,12 @@ class LayoutLocation:
         return Reference("", str(self.path), self.tag, self.digest)
 
     def __str__(self) -> str:
-        return str(self.reference)
+        slash = "/" if ":" in self.path.name else ""  # or the name's end would read as a tag
+        return (
+            f"oci:{self.path}{slash}"
+            + (f":{self.tag}" if self.tag else "")
+            + (f"@{self.digest}" if self.digest else "")
+        )
 
 
 def parse_location(text: str) -> RegistryLocation | LayoutLocation:

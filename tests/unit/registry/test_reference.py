@@ -140,3 +140,9 @@ def test_a_location_has_a_transport(text: str, location: RegistryLocation | Layo
 def test_what_is_no_location_is_refused(text: str) -> None:
     with pytest.raises(BadReference):
         parse_location(text)
+
+
+@pytest.mark.parametrize("text", ["oci:0:0/", "oci:a/b:c/", "oci:a/b:c/:tag", "oci:dir:tag", "oci:dir"])
+def test_a_layout_whose_name_holds_a_colon_survives_its_text(text: str) -> None:
+    location = parse_location(text)
+    assert parse_location(str(location)) == location

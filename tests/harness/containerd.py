@@ -176,9 +176,12 @@ class Containerd:
         """Mount a read-only view of the committed snapshot `top` at `target`, as containerd is told to mount it."""
         key = self.new_identity()
         named = ("snapshots", "--snapshotter", self.layout.snapshotter)
-        self.collect_garbage()  # a collection that the pull has caused would take the view, which nothing refers to yet
-        self.ctr(*named, "view", key, top)
-        self.ctr(*named, "label", key, "containerd.io/gc.root=view")
+
+        def pinned() -> bool:  # until it is a root, a collection that the pull has caused may take the view
+            self.try_ctr(*named, "view", key, top)
+            return self.try_ctr(*named, "label", key, "containerd.io/gc.root=view").returncode == 0
+
+        until(pinned, f"a view of {top}", 10)
         try:
             subprocess.run(["sh", "-ec", self.ctr(*named, "mounts", str(target), key)], check=True)
             try:

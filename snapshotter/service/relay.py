@@ -85,6 +85,9 @@ class _End(asyncio.Protocol):
     transport: asyncio.Transport
     _other: "_End"
 
+    def __init__(self) -> None:
+        self._early: list[bytes] = []
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
@@ -93,13 +96,19 @@ class _End(asyncio.Protocol):
     def join(self, other: "_End", registry: "set[_End]") -> None:
         self._other, self._registry = other, registry
         registry.add(self)
+        # Before Python 3.11.4 a transport reads once although it was paused in connection_made.
+        other.transport.writelines(self._early)
+        self._early.clear()
         if self.transport.is_closing():
             other.transport.abort()
         else:
             self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
-        self._other.transport.write(data)
+        if hasattr(self, "_other"):
+            self._other.transport.write(data)
+        else:
+            self._early.append(data)
 
     def pause_writing(self) -> None:
         self._other.transport.pause_reading()
@@ -108,6 +117,8 @@ class _End(asyncio.Protocol):
         self._other.transport.resume_reading()
 
     def eof_received(self) -> bool:
+        if not hasattr(self, "_other"):
+            return False
         self._other.transport.write_eof()
         return True  # the other direction stays open
 

@@ -3,7 +3,6 @@
 import json
 import lzma
 import stat
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from snapshotter.formats.blobmeta import ChunkTable, CiHeader
 from snapshotter.formats.rafs6 import Bootstrap
 from snapshotter.formats.rafs6_tree import dirents
 from tests import trees
+from tests.harness import oci
 from tests.trees import LIMITS
 
 pytestmark = pytest.mark.peer
@@ -66,8 +66,7 @@ def unpacked(fixtures_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> An
 
     def get(name: str) -> Path:
         if not (base / name).exists():
-            with tarfile.open(fixtures_dir / "nydus-made" / f"{name}.tar.xz") as archive:
-                archive.extractall(base, filter="data")
+            oci.unpack(fixtures_dir / "nydus-made" / f"{name}.tar.xz", base)
         return base / name
 
     return get

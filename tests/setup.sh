@@ -1,5 +1,6 @@
 #!/bin/bash
-# Install what tests, demo and benchmarks need: Debian packages and a virtual environment. Does nothing when all is there.
+# Install what tests, demo and benchmarks need: Debian packages, a virtual environment, programs built from their sources.
+# Does nothing when all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '\033[1m== %s\033[0m\n' "$*"; }
@@ -46,6 +47,9 @@ if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.installed 2>/dev/null)" != "$sta
   .venv/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
   echo "$stamp" >.venv/.installed
 fi
+
+# Clients that Debian lacks: containerd 1.7 and 2.x, crictl, nerdctl.
+.venv/bin/python -m tests.clients
 
 # The stock Nydus tool, as a judge of plain images: from crates.io, once, where there is a Rust toolchain (five minutes).
 cache="${COCO_CACHE:-/var/cache/coco-snapshotter-tests}"

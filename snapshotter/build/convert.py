@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -24,6 +24,7 @@ from snapshotter.build.options import Options
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
 from snapshotter.errors import InvalidArgument
+from snapshotter.image.claim import hint_tag
 from snapshotter.image.manifest import Descriptor, ResolvedImage, encode, fetch_image
 from snapshotter.registry.reference import Reference
 from snapshotter.registry.transport import BlobContent, ImageSource, ImageStore
@@ -145,7 +146,11 @@ class Converter:
             await self._upload(f"blob {number}/{len(parts.blobs)}", blob.digest, blob.size, blob.content)
         await self._upload("metadata", Digest.of(parts.layer), len(parts.layer), _in_pieces(parts.layer))
         await self._upload("config", manifest.config.digest, len(config), _in_pieces(config))
-        return await self._target.put_manifest(self._to, encode(manifest), labels.MEDIA_OCI_MANIFEST)
+        content = encode(manifest)
+        if self._to.host:  # for clients that hand on only what the layers' annotations say
+            hinted = replace(self._to, tag=hint_tag(manifest.layers[-1].digest))
+            await self._target.put_manifest(hinted, content, labels.MEDIA_OCI_MANIFEST)
+        return await self._target.put_manifest(self._to, content, labels.MEDIA_OCI_MANIFEST)
 
     def _layers(self, parts: assemble.Parts) -> list[Descriptor]:
         own = Digest.of(parts.layer)

@@ -138,8 +138,9 @@ def _options(arguments: argparse.Namespace, config: "Config") -> "Options":
     except ValueError as error:
         raise InvalidArgument(f"--chunk-size: {error}") from error
     epoch = _source_date_epoch()
-    if arguments.repository:
-        Reference.parse(arguments.repository)
+    repository = Reference.parse(arguments.repository) if arguments.repository else None
+    if repository and (repository.tag or repository.digest):
+        raise InvalidArgument(f"--repository {arguments.repository!r}: write HOST/REPO, without tag and digest")
     return Options(
         recipients=tuple(load_recipient(text) for text in arguments.recipient),
         plain=arguments.plain,
@@ -150,7 +151,7 @@ def _options(arguments: argparse.Namespace, config: "Config") -> "Options":
         platform=arguments.platform,
         hide_config=arguments.hide_config,
         trace=tuple(trace.load(arguments.trace)) if arguments.trace else (),
-        repository=arguments.repository,
+        repository=str(repository or ""),
         created=int(time.time()) if epoch is None else epoch,
         directory_mtime_ns=(epoch or 0) * 1_000_000_000,
     )

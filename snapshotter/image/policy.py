@@ -12,6 +12,7 @@ from typing import Literal, Self
 from snapshotter.config import Policy
 from snapshotter.digest import Digest
 from snapshotter.errors import ConfigError, PolicyDenied
+from snapshotter.image.claim import SEND_LABELS
 from snapshotter.registry.reference import Reference
 
 
@@ -70,6 +71,17 @@ class ImagePolicy:
                 hint="pull by digest, or pin the repository",
             )
         return Admission(False, "open")
+
+    def require_reference(self, layer: str) -> None:
+        """Raises PolicyDenied where an image must be the right one, for a client that does not say which it runs.
+
+        What the layers are can be proven without; the config, with the command and the environment, cannot.
+        """
+        if self._must_be_authentic or self._pins:
+            raise PolicyDenied(
+                f"{layer}: the client did not say which image it belongs to, so nothing shows that it is a pinned one",
+                hint=SEND_LABELS,
+            )
 
     def require_sealed(self, reference: Reference, sealed: bool, what: str) -> None:
         """Raises PolicyDenied(not-sealed) where only sealed images may run."""

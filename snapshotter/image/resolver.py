@@ -5,7 +5,6 @@ image that claims another image's `diff_ids` would otherwise make that other ima
 computed here from what a layer *is*, and an image is refused if it claims others.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from snapshotter import labels
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
 from snapshotter.errors import FailedPrecondition, IntegrityError, MalformedImage, NotFound, PolicyDenied
+from snapshotter.image.claim import SEND_LABELS, LayerClaim
 from snapshotter.image.manifest import Descriptor, Manifest, chain_ids, fetch_image, image_digests
 from snapshotter.image.policy import Admission, ImagePolicy
 from snapshotter.registry.reference import Reference
@@ -69,29 +69,49 @@ class Resolver:
         self._policy = policy
         self._limits = limits
 
-    async def resolve(self, request: "LayerClaim") -> LazyImage | OrdinaryImage:
+    async def resolve(self, claim: LayerClaim) -> LazyImage | OrdinaryImage:
         """Raises PolicyDenied, DigestMismatch, MalformedImage, LimitExceeded and the registry's errors."""
-        reference = Reference.parse(request.image)
-        source = reference.pinned(request.manifest)
-        digests = [request.manifest]
-        if reference.digest is not None and reference.digest != request.manifest:
+        reference = Reference.parse(claim.image)
+        manifest = claim.manifest or await self._hinted(reference, claim.chain_id)
+        source = reference.pinned(manifest)
+        digests = [manifest]
+        if reference.digest is not None and reference.digest != manifest:
             # Only an index leads from one digest to another; it must list the manifest that containerd chose.
             listed = await image_digests(self._source, reference, self._limits)
-            if request.manifest not in listed:
+            if manifest not in listed:
                 raise IntegrityError(
-                    f"image {reference}: its index does not list manifest {request.manifest}", reason="digest-mismatch"
+                    f"image {reference}: its index does not list manifest {manifest}", reason="digest-mismatch"
                 )
             digests.insert(0, reference.digest)
-        elif self._policy.needs_index(reference, request.manifest):
-            digests = await self._through_index(reference, request.manifest)
+        elif self._policy.needs_index(reference, manifest):
+            digests = await self._through_index(reference, manifest)
         admission = self._policy.admit(reference, digests)
         resolved = await fetch_image(self._source, source, None, self._limits)
         image = plan(reference, source, resolved.manifest, resolved.manifest_digest, resolved.config, admission)
+        if claim.bootstrap is not None and (
+            isinstance(image, OrdinaryImage) or image.bootstrap.digest != claim.bootstrap
+        ):
+            raise IntegrityError(
+                f"image {reference}: has another bootstrap than its tag says", reason="digest-mismatch"
+            )
         if isinstance(image, OrdinaryImage):
             self._policy.require_sealed(reference, False, "it has no bootstrap layer")
             return image
         self._policy.require_sealed(reference, image.encrypted, "its bootstrap layer is not encrypted")
         return replace(image, documents=(*digests, resolved.manifest.config.digest))
+
+    async def _hinted(self, reference: Reference, chain_id: str) -> Digest:
+        """The manifest under the tag that hints lead to."""
+        self._policy.require_reference(f"layer {chain_id}")
+        try:
+            _, _, manifest = await self._source.manifest(reference)
+        except NotFound:
+            raise FailedPrecondition(
+                f"layer {chain_id}: the client sent no image labels, and {reference}, to which the layer's annotations "
+                "lead, does not exist",
+                hint=f"copy the image's manifest to that tag, or {SEND_LABELS}",
+            ) from None
+        return manifest
 
     async def _through_index(self, reference: Reference, manifest: Digest) -> list[Digest]:
         """A tag may lead to a pinned index; the digests on that way, or only the manifest's when it does not."""
@@ -101,34 +121,6 @@ class Resolver:
             return [manifest]
         listed = await image_digests(self._source, reference.pinned(top), self._limits)
         return [top, manifest] if manifest in listed else [manifest]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerClaim:
-    """What containerd says about the layer it prepares; all of it is checked before it is believed."""
-
-    image: str
-    manifest: Digest
-    layer: Digest
-    chain_id: str
-    parent_chain: str | None  # None: the parent is no layer that we know
-
-    @classmethod
-    def of(cls, snapshot_labels: Mapping[str, str], chain_id: str, parent_chain: str | None) -> "LayerClaim":
-        """Raises FailedPrecondition naming the containerd setting when the CRI labels are missing."""
-        values = [snapshot_labels.get(name, "") for name in _NEEDED]
-        if not all(values):
-            missing = next(name for name, value in zip(_NEEDED, values, strict=True) if not value)
-            raise FailedPrecondition(
-                f"layer {chain_id}: a lazy image needs label {missing}",
-                hint="set disable_snapshot_annotations = false in containerd's CRI plugin, or "
-                'exports.enable_remote_snapshot_annotations = "true" in the proxy plugin (2.1+)',
-            )
-        image, manifest, layer = values
-        return cls(image, Digest.parse(manifest), Digest.parse(layer), chain_id, parent_chain)
-
-
-_NEEDED = (labels.CRI_IMAGE_REF, labels.CRI_MANIFEST_DIGEST, labels.CRI_LAYER_DIGEST)
 
 
 def plan(

@@ -18,9 +18,10 @@ from snapshotter import labels
 from snapshotter.bootstrap.loader import LoadedImage, Loader
 from snapshotter.digest import Digest
 from snapshotter.errors import IntegrityError, PolicyDenied
+from snapshotter.image.claim import LayerClaim
 from snapshotter.image.documents import DocumentCache
 from snapshotter.image.policy import ImagePolicy
-from snapshotter.image.resolver import LayerClaim, LazyImage, OrdinaryImage, Resolver
+from snapshotter.image.resolver import LazyImage, OrdinaryImage, Resolver
 from snapshotter.ondemand import attachment
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
 
@@ -94,7 +95,8 @@ class Images:
         self._policy = policy
         self._attachments = attachments
         self._mounter = mounter
-        self._verdicts: OrderedDict[tuple[str, str], Verdict | OrdinaryImage] = OrderedDict()
+        # By reference and manifest; without the latter for hints, whose reference names the content.
+        self._verdicts: OrderedDict[tuple[str, str | None], Verdict | OrdinaryImage] = OrderedDict()
         self._loaded: OrderedDict[tuple[str, str], LoadedImage] = OrderedDict()
         # A lock lives as long as somebody waits for it, so remote names cannot fill this table.
         self._locks: WeakValueDictionary[object, asyncio.Lock] = WeakValueDictionary()
@@ -119,6 +121,8 @@ class Images:
         """Which of the image's layers this is. Its chain id must be the one computed from the layers themselves."""
         digests = [*(blob.digest for blob in image.blobs), image.bootstrap.digest]
         if claim.layer not in digests:
+            if claim.manifest is None:  # whoever made the layer chose the image that we looked at
+                raise _chain_mismatch(claim, image)
             if self._policy.must_be_sealed:
                 raise PolicyDenied(f"image {image.reference}: layer {claim.layer} is not sealed", reason="not-sealed")
             if claim.parent_chain in ("", None, *chain[:-1]):
@@ -143,10 +147,10 @@ class Images:
                 loaded = await self._loader.load(image)
                 await self._documents.keep(image.documents)
                 verdict = Verdict(loaded)
-                _remember(self._loaded, key, loaded, LOADED)
+                _remember(self._loaded, (str(image.reference), image.manifest_digest), loaded, LOADED)
             else:
                 verdict = image
-            log.info("image admitted", image=claim.image, manifest=claim.manifest, rule=image.admission.rule)
+            log.info("image admitted", image=claim.image, manifest=image.manifest_digest, rule=image.admission.rule)
             _remember(self._verdicts, key, verdict, VERDICTS)
             return verdict
 

@@ -26,6 +26,7 @@ from snapshotter.errors import (
     PolicyDenied,
     SnapshotterError,
 )
+from snapshotter.image.claim import SEND_LABELS
 from snapshotter.labels import NYDUS_BLOB, NYDUS_BOOTSTRAP, SNAPSHOT_REF
 from snapshotter.snapshots import directories, overlay, recovery, sidecar
 from snapshotter.snapshots.directories import Directories, RootAttributes
@@ -37,10 +38,6 @@ from snapshotter.snapshots.store import Entry, Layer, Row, Store
 log = structlog.get_logger(__name__)
 
 _BATCH = 100  # snapshots per message of a List
-HINT = (
-    "have containerd send image labels: disable_snapshot_annotations = false in its CRI plugin, or "
-    'exports.enable_remote_snapshot_annotations = "true" in the proxy plugin (2.1+)'
-)
 
 
 class Snapshotter:
@@ -71,7 +68,9 @@ class Snapshotter:
         self._store.require_free(plugin, key)
         ref = labels.get(SNAPSHOT_REF)
         if not ref and (NYDUS_BLOB in labels or NYDUS_BOOTSTRAP in labels):
-            raise FailedPrecondition(f"a layer that is read on demand came without label {SNAPSHOT_REF}", hint=HINT)
+            raise FailedPrecondition(
+                f"a layer that is read on demand came without label {SNAPSHOT_REF}", hint=SEND_LABELS
+            )
         if ref:
             request = LayerRequest(namespace, labels, ref, self._chain_id(above))
             verdict = await self._images.resolve(request)
@@ -267,7 +266,9 @@ class Snapshotter:
                 paths.append(self._directories.mountpoint(layer.id))
                 break
             if layer.is_data:
-                raise FailedPrecondition(f"layer {layer.ref} is read on demand, and the layer above is not", hint=HINT)
+                raise FailedPrecondition(
+                    f"layer {layer.ref} is read on demand, and the layer above is not", hint=SEND_LABELS
+                )
             paths.append(self._directories.files(layer.id))
             if not paths[-1].is_dir():
                 raise _lost(layer.id)

@@ -62,6 +62,8 @@ def test_registry_to_registry(work: Work, tmp_path: Path, keys: KeyPair, source:
     assert media_type == "application/vnd.oci.image.manifest.v1+json"
     hint = "containerd.io/snapshot/coco.repository"
     assert {layer["annotations"][hint] for layer in json.loads(raw)["layers"]} == {f"{registry.address}/team/app"}
+    bootstrap = json.loads(raw)["layers"][-1]["digest"].removeprefix("sha256:")
+    assert registry.get_manifest("team/app", f"coco-{bootstrap}") == (raw, media_type), "where the hints lead"
     assert serve.program(work, "check", f"{base}@{digest}", "--key", keys.private).returncode == 0
     copied = subprocess.run(
         ["skopeo", "copy", "--quiet", "--src-tls-verify=false", f"{base}:sealed", f"oci:{tmp_path / 'copy'}:x"],
@@ -144,6 +146,7 @@ def test_check_finds_every_kind_of_damage(work: Work, tmp_path: Path, keys: KeyP
         (("--recipient", "pgp:me"), "recipient"),
         (("--plain", "--trace", "/nonexistent"), "trace"),
         (("--plain", "--repository", "UPPER/case!"), "reference"),
+        (("--plain", "--repository", "host.example/app:1"), "without tag and digest"),
     ],
 )
 def test_wrong_options_are_explained(

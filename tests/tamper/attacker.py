@@ -97,6 +97,15 @@ class Registry:
                 return Digest(entry["digest"])
         raise KeyError(tag)
 
+    def tag(self, tag: str, digest: str) -> None:
+        """Let `tag` lead to a manifest, and to no other."""
+        index = json.loads((self.path / "index.json").read_bytes())
+        name = "org.opencontainers.image.ref.name"
+        kept = [entry for entry in index["manifests"] if entry["annotations"][name] != tag]
+        entry = {"mediaType": labels.MEDIA_OCI_MANIFEST, "digest": digest, "size": len(self.blob(digest))}
+        index["manifests"] = [*kept, entry | {"annotations": {name: tag}}]
+        (self.path / "index.json").write_text(json.dumps(index))
+
     def manifest(self, tag: str) -> dict[str, Any]:
         return json.loads(self.blob(self.digest(tag)))  # type: ignore[no-any-return]
 
@@ -130,19 +139,23 @@ class Node:
 
     async def prepare(
         self, registry: Registry, manifest: Digest, reference: str | None = None, layer: int = 0,
-        chain: list[str] | None = None,
+        chain: list[str] | None = None, cri: bool = True,
     ) -> LayerVerdict:  # fmt: skip
-        """What containerd asks for layer number `layer`, with the chain ids that the image's config claims."""
+        """What containerd asks for layer number `layer`, with the chain ids that the image's config claims.
+
+        Without `cri`, it hands on no more than the annotations.
+        """
         document = json.loads(registry.blob(manifest))
         claimed = chain or chain_ids(json.loads(registry.blob(document["config"]["digest"]))["rootfs"]["diff_ids"])
         digests = [entry["digest"] for entry in document["layers"]]
-        snapshot_labels = {
-            labels.SNAPSHOT_REF: claimed[layer],
-            labels.CRI_IMAGE_REF: reference or f"{REPOSITORY}@{manifest}",
-            labels.CRI_MANIFEST_DIGEST: manifest,
-            labels.CRI_LAYER_DIGEST: digests[layer],
-            labels.CRI_IMAGE_LAYERS: ",".join(digests[layer:]),
-        }
+        snapshot_labels = {labels.SNAPSHOT_REF: claimed[layer]}
+        if cri:
+            snapshot_labels |= {
+                labels.CRI_IMAGE_REF: reference or f"{REPOSITORY}@{manifest}",
+                labels.CRI_MANIFEST_DIGEST: manifest,
+                labels.CRI_LAYER_DIGEST: digests[layer],
+                labels.CRI_IMAGE_LAYERS: ",".join(digests[layer:]),
+            }
         annotations = document["layers"][layer].get("annotations", {})
         snapshot_labels |= {k: v for k, v in annotations.items() if k.startswith("containerd.io/snapshot/")}
         parent = claimed[layer - 1] if layer else ""

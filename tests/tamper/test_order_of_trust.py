@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import json
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,42 +17,13 @@ from typing import Any
 import pytest
 
 from snapshotter import labels
-from snapshotter.cli.main import main
 from snapshotter.config import Limits, Size
 from snapshotter.crypto import layer as layer_crypto
 from snapshotter.digest import Digest
 from snapshotter.errors import FailedPrecondition, LimitExceeded, SnapshotterError
 from snapshotter.keys import jwe
 from snapshotter.snapshots.remote import LayerRequest
-from tests.harness import tiny
-from tests.tamper.attacker import REPOSITORY, Keys, Node, Registry, World, chain_ids, refused
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> World:
-    directory = tmp_path_factory.mktemp("trust")
-    keys, stranger = Keys.make(directory, "ours"), Keys.make(directory, "theirs")
-    for seed in (1, 2):
-        tiny.layout(directory / f"source-{seed}", seed=seed, config={"Entrypoint": ["/bin/cat", "/data/small"]})
-    out = directory / "images"
-    recipient = f"jwe:{keys.public}"
-    convert = [
-        ("app", 1, ["--recipient", recipient]),
-        ("evil", 2, ["--recipient", recipient]),  # sealed to our public key, by somebody else
-        ("foreign", 1, ["--recipient", f"jwe:{stranger.public}"]),
-        ("plain", 1, ["--plain"]),
-    ]
-    for tag, seed, options in convert:
-        assert main(["convert", f"oci:{directory}/source-{seed}:tiny", f"oci:{out}:{tag}", *options]) == 0
-    shutil.copytree(directory / "source-1", out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("index.json"))
-    return World(keys, stranger, out)
-
-
-@pytest.fixture
-def registry(made: World, tmp_path: Path) -> Registry:
-    shutil.copytree(made.layout, tmp_path / "registry")
-    return Registry(tmp_path / "registry")
-
+from tests.tamper.attacker import REPOSITORY, Node, Registry, World, chain_ids, refused
 
 # the good cases, so that the refusals mean something
 

@@ -102,6 +102,23 @@ def fetch_all(path: str | Path, message: Message, timeout: float = 10.0) -> tupl
         raise
 
 
+def stream(path: str | Path, message: Message, timeout: float = 10.0) -> Iterator[Message]:
+    """The messages of an answer that ends with `{"end": true, …}`, that last one included; descriptors are dropped.
+
+    `timeout` seconds may pass before each. Raises ControlError, OSError or EOFError.
+    """
+    with connect(path, timeout) as sock:
+        send(sock, message)
+        while True:
+            answer, received = receive(sock)
+            close_all(received)
+            if "error" in answer:
+                raise ControlError(str(answer["error"]), str(answer.get("reason", "internal")))
+            yield answer
+            if answer.get("end"):
+                return
+
+
 def close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)

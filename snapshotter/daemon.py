@@ -21,7 +21,7 @@ from pathlib import Path
 import structlog
 
 from snapshotter import __version__, config, control
-from snapshotter.errors import InvalidArgument, SnapshotterError
+from snapshotter.errors import SnapshotterError
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.log import configure
 from snapshotter.mounts.drivers import ErofsMounter
@@ -30,6 +30,7 @@ from snapshotter.mounts.syscalls import set_undumpable
 from snapshotter.ondemand.client import BlobdClient
 from snapshotter.ondemand.dataplane import DataPlane
 from snapshotter.service.server import Server
+from snapshotter.snapshots.operations import Operations
 from snapshotter.snapshots.recovery import open_store
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages
 from snapshotter.snapshots.snapshotter import Snapshotter
@@ -73,7 +74,11 @@ class Daemon:
         self._data_plane = DataPlane(root / "keeper.sock", self._blobd)
         self._policy = ImagePolicy.of(settings.mode, settings.policy)
         self._later = LaterImages(self._policy.only_verified)
-        self._snapshotter = Snapshotter(root, open_store(root), self._later, settings.limits)
+        store = open_store(root)
+        self._snapshotter = Snapshotter(root, store, self._later, settings.limits)
+        self._operations = Operations(
+            self._snapshotter, store, self._mounted, Path(settings.cache_dir), settings.limits
+        )
         self._server = Server(self._snapshotter, root)
         self._control = control.AsyncServer(control.listen(root / "snapshotd.sock"), self._handle)
 
@@ -120,7 +125,7 @@ class Daemon:
             return self._status(), ()
         if message.get("op") == "dump":
             return self._dump()
-        raise InvalidArgument(f"no such request: {str(message.get('op'))[:40]}")
+        return await self._operations.answer(message)
 
     def _status(self) -> control.Message:
         mounted = self._mounted()

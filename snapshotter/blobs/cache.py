@@ -131,6 +131,21 @@ class ChunkCache:
             return
         self._add(-status.st_size, -1)
 
+    def shrink(self, target: int | None, unused_since: float | None) -> tuple[int, int]:
+        """Remove what was last used before `unused_since` (epoch), then what was used least recently until at most
+        `target` bytes are left. Returns bytes and entries that are gone.
+        """
+        size = entries = 0
+        with self._evicting:
+            if unused_since is not None:
+                for entry in self._walk():
+                    if entry.used < unused_since and self._remove(entry):
+                        size, entries = size + entry.size, entries + 1
+            if target is not None:
+                more = self._shrink_to(target)
+                size, entries = size + more[0], entries + more[1]
+        return size, entries
+
     def close(self) -> None:
         for bucket, fd in enumerate(self._buckets):
             if fd >= 0:
@@ -218,39 +233,49 @@ class ChunkCache:
     def _evict(self, needed: int) -> None:
         """Remove the entries longest unused until `needed` more bytes fit below the low watermark."""
         with self._evicting:
-            if self._bytes + needed <= self._quota:
-                return  # another thread has done it
-            before = self._bytes
-            ages: Tally[int] = Tally()
-            size = entries = 0
-            for entry in self._walk():
-                ages[int(entry.used) // _AGE_SECONDS] += entry.size
-                size, entries = size + entry.size, entries + 1
-            with self._sums:  # what was counted so far may have missed what others did
-                self._bytes += size - before
-                self._entries = entries
-            excess = size + needed - int(self._quota * _LOW_WATERMARK)
-            cutoff = None
-            for age in sorted(ages):
-                cutoff = age
-                excess -= ages[age]
-                if excess <= 0:
-                    break
-            if cutoff is not None:
-                self._evict_until(cutoff, size + needed - int(self._quota * _LOW_WATERMARK))
+            if self._bytes + needed > self._quota:  # else another thread has done it
+                self._shrink_to(int(self._quota * _LOW_WATERMARK) - needed)
 
-    def _evict_until(self, cutoff: int, excess: int) -> None:
-        """Remove entries of age slot `cutoff` and older until `excess` bytes are gone."""
+    def _shrink_to(self, target: int) -> tuple[int, int]:
+        """Remove the entries longest unused until `target` bytes are left. Returns bytes and entries removed."""
+        before = self._bytes
+        ages: Tally[int] = Tally()
+        size = entries = 0
         for entry in self._walk():
+            ages[int(entry.used) // _AGE_SECONDS] += entry.size
+            size, entries = size + entry.size, entries + 1
+        with self._sums:  # what was counted so far may have missed what others did
+            self._bytes += size - before
+            self._entries = entries
+        excess = size - target
+        cutoff = None
+        for age in sorted(ages):
+            cutoff = age
+            excess -= ages[age]
             if excess <= 0:
+                break
+        return (0, 0) if cutoff is None else self._evict_until(cutoff, size - target)
+
+    def _evict_until(self, cutoff: int, excess: int) -> tuple[int, int]:
+        """Remove entries of age slot `cutoff` and older until `excess` bytes are gone. Returns bytes and entries."""
+        size = entries = 0
+        for entry in self._walk():
+            if size >= excess:
                 self._next_bucket = entry.bucket
-                return
-            if int(entry.used) // _AGE_SECONDS <= cutoff:
-                with suppress(OSError):
-                    os.unlink(entry.name, dir_fd=self._bucket(entry.bucket))
-                    excess -= entry.size
-                    self._add(-entry.size, -1)
-                    self._counters.add("evictions")
+                break
+            if int(entry.used) // _AGE_SECONDS <= cutoff and self._remove(entry):
+                size, entries = size + entry.size, entries + 1
+        return size, entries
+
+    def _remove(self, entry: Entry) -> bool:
+        """Whether it was there and could be removed."""
+        try:
+            os.unlink(entry.name, dir_fd=self._bucket(entry.bucket))
+        except OSError:
+            return False
+        self._add(-entry.size, -1)
+        self._counters.add("evictions")
+        return True
 
     def _add(self, size: int, entries: int) -> None:
         with self._sums:

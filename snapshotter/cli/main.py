@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapshotter import __version__
-from snapshotter.cli import image, kbs, node
+from snapshotter.cli import housekeeping, image, kbs, node
 from snapshotter.errors import SnapshotterError
 
 _DESCRIPTION = """\
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"coco-snapshotter {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     node.register(commands)
+    housekeeping.register(commands)
     image.register(commands)
     kbs.register(commands)
     return top

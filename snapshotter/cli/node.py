@@ -27,7 +27,7 @@ def register(commands: "Commands") -> None:
         "stderr. SIGTERM ends it; images in use are served on until the next start. SIGHUP replaces its code and "
         "reads the configuration again without disturbing containers.",
     )
-    _add_flags(serve)
+    add_flags(serve)
     serve.add_argument("--cache", metavar="DIR", help="untrusted cache of encrypted chunks (cache_dir)")
     serve.add_argument("--address", metavar="SOCK", help="Unix socket for containerd (address)")
     serve.set_defaults(run=run_serve)
@@ -36,14 +36,15 @@ def register(commands: "Commands") -> None:
         help="show what runs here",
         description="Show processes, images, cache and counters. Exits with 0 only if all three processes answer.",
     )
-    _add_flags(status)
+    add_flags(status)
     status.add_argument("--json", action="store_true", help="print one JSON object")
     status.set_defaults(run=run_status)
     version = commands.add_parser("version", help="print the version", description="Print the version.")
     version.set_defaults(run=run_version)
 
 
-def _add_flags(command: argparse.ArgumentParser) -> None:
+def add_flags(command: argparse.ArgumentParser) -> None:
+    """Which node is meant."""
     command.add_argument("--config", metavar="FILE", type=Path, help=f"configuration (default: {DEFAULT_CONFIG})")
     command.add_argument("--root", metavar="DIR", help="directory of trusted state (root)")
 

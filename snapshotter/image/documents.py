@@ -5,9 +5,11 @@ the registry otherwise. Nothing is written before an image was admitted.
 """
 
 import asyncio
+import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -75,3 +77,31 @@ class DocumentCache:
         self._recent[digest] = raw
         while len(self._recent) > RECENT:
             self._recent.popitem(last=False)
+
+
+def needed(directory: Path, manifests: Collection[str], limits: Limits) -> set[str]:
+    """Names of the files in `directory` that restarting these images needs: their manifests, the configs these name,
+    and the indexes that list them. What cannot be read as such is not needed.
+    """
+    found: set[str] = set()
+    for path in directory.glob("*"):
+        raw = read_regular(path, limits.manifest_bytes)
+        if raw is None:
+            continue
+        document = _object(raw)
+        if f"sha256:{path.name}" in manifests:
+            found |= {path.name, str(_object(document.get("config")).get("digest")).removeprefix("sha256:")}
+            continue
+        entries = document.get("manifests")
+        if isinstance(entries, list) and any(str(_object(entry).get("digest")) in manifests for entry in entries):
+            found.add(path.name)
+    return found
+
+
+def _object(found: Any) -> dict[str, Any]:
+    """The JSON object in some bytes, or what was found inside of one; {} if it is none."""
+    try:
+        value = json.loads(found) if isinstance(found, bytes) else found
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

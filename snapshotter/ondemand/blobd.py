@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ from snapshotter.log import configure
 from snapshotter.ondemand.attachment import Attachment
 from snapshotter.ondemand.devices import Devices
 from snapshotter.ondemand.inflight import SessionMemory
+from snapshotter.ondemand.inventory import inventory
 from snapshotter.ondemand.session import Session
 from snapshotter.registry.reference import Reference
 
@@ -99,6 +101,10 @@ class Blobd:
             return self._status(), ()
         if op == "dump":
             return self._dump()
+        if op == "cached":
+            return self._cached()
+        if op == "prune":
+            return await self._prune(message), ()
         image_id = message.get("id")
         if type(image_id) is not int or op not in ("attach", "detach"):
             raise InvalidArgument(f"no such request: {str(op)[:40]}")
@@ -154,6 +160,24 @@ class Blobd:
             "cache": self._cache.stats(),
             "counters": self._counters.snapshot(),
         }
+
+    async def _cached(self) -> AsyncIterator[control.Reply]:
+        """How much of each attached image is in the cache; null for one with very many chunks."""
+        for image in self._devices.images():
+            found = await inventory(image.attachment, self._cache)
+            yield {"id": image.attachment.image_id, "cached": found and found._asdict()}, ()
+        yield {"end": True}, ()
+
+    async def _prune(self, message: control.Message) -> control.Message:
+        """Shrink the cache to `target` bytes, and to what was used in the last `older` seconds."""
+        target, older = message.get("target"), message.get("older")
+        for number in (target, older):
+            if number is not None and (type(number) is not int or number < 0):
+                raise InvalidArgument("prune: target and older are numbers")
+        since = None if older is None else time.time() - older
+        size, entries = await asyncio.to_thread(self._cache.shrink, target, since)
+        log.info("cache pruned", bytes=size, entries=entries)
+        return {"bytes": size, "entries": entries}
 
     async def _dump(self) -> AsyncIterator[control.Reply]:
         held = {name: self._fds[name] for name in _SESSION}

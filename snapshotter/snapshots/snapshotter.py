@@ -219,18 +219,23 @@ class Snapshotter:
     async def cleanup(self) -> None:
         """Unmount and destroy every directory that belongs to no snapshot. One that resists stays for the next time."""
         async with self._cleaning:
-            names = await asyncio.to_thread(self._directories.names)
-            # Snapshots are made in one step of the loop, and we are between steps: what was listed and has no row now
-            # will never have one.
-            known = self._store.all_ids()
-            for name in names:
-                if name.startswith(("new-", "old-")) or (name.isdecimal() and int(name) not in known):
-                    try:
-                        await self._dispose(name)
-                    except FileNotFoundError:
-                        log.debug("directory has gone meanwhile", directory=name)
-                    except (OSError, SnapshotterError) as error:
-                        log.info("directory stays for now", directory=name, error=str(error))
+            for name in await self.garbage():
+                try:
+                    await self._dispose(name)
+                except FileNotFoundError:
+                    log.debug("directory has gone meanwhile", directory=name)
+                except (OSError, SnapshotterError) as error:
+                    log.info("directory stays for now", directory=name, error=str(error))
+
+    async def garbage(self) -> list[str]:
+        """Names of the directories that belong to no snapshot."""
+        names = await asyncio.to_thread(self._directories.names)
+        # Snapshots are made in one step of the loop, and we are between steps: what was listed and has no row now will
+        # never have one.
+        known = self._store.all_ids()
+        return [
+            name for name in names if name.startswith(("new-", "old-")) or (name.isdecimal() and int(name) not in known)
+        ]
 
     async def _dispose(self, name: str) -> None:
         if name.isdecimal():
@@ -249,6 +254,14 @@ class Snapshotter:
         for number, error in zip(numbers, results, strict=True):
             if error is not None:
                 log.info("image stays", attach_id=number, error=str(error))
+
+    async def release(self, number: int) -> None:
+        """Unmount the image unless an active snapshot or a view shows it; its next container mounts it again."""
+        async with self._lock(number):
+            # Whoever mounts it has its row before it lets others run, or waits for the lock and mounts it anew.
+            if number not in self._store.users():
+                await self._images.unmount(number, self._directories.mountpoint(number))
+                self._directories.remove_mountpoint(number)
 
     # details
 

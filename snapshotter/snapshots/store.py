@@ -101,6 +101,14 @@ _COLUMNS = (
     "s.id, s.name, s.parent_id, s.kind, s.created_ns, s.updated_ns, s.size, s.inodes, s.ref, ifnull(p.name, '') "
     "FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id"
 )
+_USERS = """
+WITH RECURSIVE above (image, id) AS (
+    SELECT id, id FROM image
+    UNION ALL
+    SELECT image, s.id FROM above JOIN snapshot s ON s.parent_id = above.id WHERE s.id NOT IN (SELECT id FROM image)
+)
+SELECT image, name FROM above JOIN snapshot USING (id) WHERE kind <> 3 ORDER BY id
+"""
 _CHAIN = """
 WITH RECURSIVE chain (depth, id) AS (
     VALUES (0, ?)
@@ -219,6 +227,10 @@ class Store:
             labels[number][key] = value
         return [_info(rows[number], labels[number]) for number in numbers if number in rows]
 
+    def plugins(self) -> list[str]:
+        """Names under which somebody has snapshots here."""
+        return [name for (name,) in self._db.execute("SELECT DISTINCT plugin FROM snapshot ORDER BY plugin")]
+
     def all_ids(self) -> set[int]:
         """Ids of all snapshots of all plugins: the directories that are not garbage."""
         return {number for (number,) in self._db.execute("SELECT id FROM snapshot")}
@@ -241,6 +253,18 @@ class Store:
 
     def images(self) -> dict[int, ImageRecord]:
         return {number: _decode(record) for number, record in self._db.execute("SELECT id, record FROM image")}
+
+    def placed_images(self) -> list[tuple[int, str, int, ImageRecord]]:
+        """Attach id, plugin, time of the pull in nanoseconds, and record of each lazy image."""
+        query = "SELECT id, plugin, created_ns, record FROM image JOIN snapshot USING (id) ORDER BY id"
+        return [(number, plugin, made, _decode(record)) for number, plugin, made, record in self._db.execute(query)]
+
+    def users(self) -> dict[int, list[str]]:
+        """Keys of the active snapshots and views that show each lazy image. Images without any are not in there."""
+        found: dict[int, list[str]] = {}
+        for image, key in self._db.execute(_USERS):
+            found.setdefault(image, []).append(key)
+        return found
 
     def entries(self) -> Iterator["Entry"]:
         """Every snapshot with all that is known of it."""

@@ -235,3 +235,27 @@ def test_threads_that_put_and_get_the_same_entries_see_whole_ones(cache: ChunkCa
         thread.join()
     assert not wrong
     assert cache.stats()["entries"] >= 5
+
+
+def used(directory: Path, number: int, seconds_ago: float) -> None:
+    os.utime(path_of(directory, number), (0, time.time() - seconds_ago))
+
+
+def test_an_operator_shrinks_it_to_a_size(cache: ChunkCache, directory: Path) -> None:
+    for number in range(10):
+        cache.put(name(number), bytes(100))
+        used(directory, number, 100_000 - 5_000 * number)
+    assert cache.shrink(350, None) == (700, 7)
+    assert [number for number in range(10) if cache.has(name(number), 100)] == [7, 8, 9]
+    assert cache.stats() == {"bytes": 300, "entries": 3}
+    assert cache.shrink(350, None) == (0, 0)
+    assert cache.shrink(0, None) == (300, 3)
+    assert cache.put(name(1), b"goes on")
+
+
+def test_an_operator_drops_what_nobody_used_lately(cache: ChunkCache, directory: Path) -> None:
+    for number in range(10):
+        cache.put(name(number), bytes(100))
+        used(directory, number, 100 if number < 4 else 10_000)
+    assert cache.shrink(None, time.time() - 3_600) == (600, 6)
+    assert [number for number in range(10) if cache.has(name(number), 100)] == [0, 1, 2, 3]

@@ -59,5 +59,7 @@ CLIENTS = {
         Client("containerd-1.7", "tests/clients/containerd17", _CONTAINERD, "no_btrfs no_devmapper no_zfs no_aufs"),
         Client("crictl", "tests/clients/crictl", ("crictl",)),
         Client("nerdctl", "tests/clients/nerdctl", ("nerdctl",)),
+        Client("conformance-2.4", "tests/conformance/go/v2", ("conformance",), tests=True),
+        Client("conformance-1.7", "tests/conformance/go/v17", ("conformance",), tests=True),
     )
 }

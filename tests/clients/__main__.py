@@ -61,13 +61,26 @@ def build(client: Client, store: Path) -> None:
 
 
 def check(client: Client, go: str, out: Path) -> None:
-    """Every program is there and says itself that it was made of the pinned versions."""
+    """Every program is there and was made of the pinned versions."""
     for program in client.programs:
-        lines = run(out, go, "version", "-m", program).splitlines()
-        made_of = dict(fields[1:3] for line in lines if (fields := line.split())[:1] in (["mod"], ["dep"]))
+        if not (out / program).is_file():
+            raise RuntimeError(f"{client.name}: the compiler made no {program}")
+        made_of = listed(client, go) if client.tests else linked(go, out / program)
         for module, version in client.pins.items():
             if made_of.get(module) != version:
                 raise RuntimeError(f"{client.name}: {program} has {module} {made_of.get(module)}, not {version}")
+
+
+def linked(go: str, program: Path) -> dict[str, str]:
+    """Module → version, as the program says itself."""
+    lines = run(program.parent, go, "version", "-m", program.name).splitlines()
+    return dict(fields[1:3] for line in lines if (fields := line.split())[:1] in (["mod"], ["dep"]))
+
+
+def listed(client: Client, go: str) -> dict[str, str]:
+    """Module → version, as the compiler chose them: a program made of tests does not say itself."""
+    lines = run(client.source, go, "list", "-m", "-f", "{{.Path}} {{.Version}}", *client.pins).splitlines()
+    return dict(line.split() for line in lines)
 
 
 def toolchain(store: Path) -> str:

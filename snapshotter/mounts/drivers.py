@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from snapshotter.mounts.mountinfo import Mount, read_mounts
 
 log = structlog.get_logger(__name__)
 
+_SEPARATOR = re.compile("[=:,]")  # in the options of an overlay
 _ONESHOT = Path(__file__).with_name("oneshot.py")
 
 CHILD_SECONDS = 60.0  # far more than blobd needs to come back
@@ -111,19 +112,24 @@ class ErofsMounter:
 
 
 def used_by(point: str, mounts: Sequence[Mount]) -> str:
-    """Where a mount lies that shows the content of the one at `point`: an overlay above it, or a bind; "" if none.
-
-    An overlay may name its directories relative to where its mounter stood, so the last two names decide: one overlay
-    too many keeps a mount for a while, one too few takes an image from a container.
-    """
-    directory, name = point.split("/")[-2:]
-    named = re.compile(rf"(?<![^=:/]){re.escape(directory)}/{re.escape(name)}(?![^:,])")
+    """Where a mount lies that shows the content of the one at `point`: an overlay above it, or a bind; "" if none."""
     devices = {mount.device for mount in mounts if mount.point == point}
+    binds = (mount.point for mount in mounts if mount.device in devices and mount.point != point)
+    return overlay_of([point], mounts) or next(binds, "")
+
+
+def overlay_of(directories: Iterable[str], mounts: Sequence[Mount]) -> str:
+    """Where an overlay lies that is made of one of `directories`; "" if none.
+
+    It may name them relative to where its mounter stood, so the last two names decide: one overlay too many keeps a
+    mount for a while, one too few takes an image from a container.
+    """
+    wanted = {tuple(directory.split("/")[-2:]) for directory in directories}
     for mount in mounts:
-        if mount.kind == "overlay" and named.search(mount.options):
-            return mount.point
-        if mount.device in devices and mount.point != point:
-            return mount.point
+        if mount.kind == "overlay":
+            named = (tuple(part.split("/")[-2:]) for part in _SEPARATOR.split(mount.options))
+            if not wanted.isdisjoint(named):
+                return mount.point
     return ""
 
 

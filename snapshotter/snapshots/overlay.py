@@ -29,16 +29,25 @@ def options(index: Path = Path("/sys/module/overlay/parameters/index"), proc: Pa
 
 
 def mounts(
-    directories: Directories, number: int, kind: Kind, lower: Sequence[Path], extra: Sequence[str]
+    directories: Directories,
+    number: int,
+    kind: Kind,
+    lower: Sequence[Path],
+    extra: Sequence[str],
+    mapping: Sequence[str] = (),
 ) -> tuple[Mount, ...]:
-    """For the active snapshot or view `number` on `lower` (top first); `extra` as from `options`."""
+    """For the active snapshot or view `number` on `lower` (top first); `extra` as from `options`.
+
+    `mapping` goes into every mount: the client takes it out again and has the kernel map ids.
+    """
     files = str(directories.files(number))
     stack = "lowerdir=" + ":".join(map(str, lower))
     if kind is Kind.ACTIVE:
         if not lower:
-            return (Mount("bind", files, ("rw", "rbind")),)
+            return (Mount("bind", files, (*mapping, "rw", "rbind")),)
         upper = f"upperdir={files}"
-        return (Mount("overlay", "overlay", (*extra, f"workdir={directories.work(number)}", upper, stack)),)
+        work = f"workdir={directories.work(number)}"
+        return (Mount("overlay", "overlay", (*mapping, *extra, work, upper, stack)),)
     if len(lower) > 1:
-        return (Mount("overlay", "overlay", (*extra, stack)),)
-    return (Mount("bind", str(lower[0]) if lower else files, ("ro", "rbind")),)
+        return (Mount("overlay", "overlay", (*mapping, *extra, stack)),)
+    return (Mount("bind", str(lower[0]) if lower else files, (*mapping, "ro", "rbind")),)

@@ -27,10 +27,13 @@ from snapshotter.errors import (
     SnapshotterError,
 )
 from snapshotter.image.claim import SEND_LABELS
-from snapshotter.labels import NYDUS_BLOB, NYDUS_BOOTSTRAP, SNAPSHOT_REF
+from snapshotter.labels import NYDUS_BLOB, NYDUS_BOOTSTRAP, SNAPSHOT_REF, UID_MAPPING
+from snapshotter.mounts.drivers import overlay_of
+from snapshotter.mounts.mountinfo import read_mounts
 from snapshotter.snapshots import directories, overlay, recovery, sidecar
 from snapshotter.snapshots.directories import Directories, RootAttributes
 from snapshotter.snapshots.filters import Filter
+from snapshotter.snapshots.idmap import IdMap
 from snapshotter.snapshots.model import Info, Kind, Labels, Mount, Usage
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages
 from snapshotter.snapshots.store import Entry, Layer, Row, Store
@@ -93,15 +96,31 @@ class Snapshotter:
             raise FailedPrecondition("a committed snapshot has no mounts")
         if not self._directories.files(row.id).is_dir():
             raise _lost(row.id)
-        lower, _ = await self._lower(row.parent_id)
-        return overlay.mounts(self._directories, row.id, row.kind, lower, self._overlay_options)
+        lower, attributes = await self._lower(row.parent_id)
+        above = self._store.find(plugin, row.parent)
+        mapping = self._mapping(IdMap.of(self._store.labels(row.id)), above, attributes)
+        return self._mounts(row, lower, mapping)
 
     async def _create(self, plugin: str, kind: Kind, key: str, above: Row | None, labels: Labels) -> Sequence[Mount]:
+        asked = IdMap.of(labels)
         lower, attributes = await self._lower(above and above.id)
+        mapping = self._mapping(asked, above, attributes)
+        if mapping:
+            attributes = mapping.owned(attributes)
         row = self._new(key, above, kind)
         purpose: directories.Purpose = "active" if kind is Kind.ACTIVE else "view"
         self._insert(Entry(plugin, row, _present(labels), None), purpose, attributes)
-        return overlay.mounts(self._directories, row.id, kind, lower, self._overlay_options)
+        return self._mounts(row, lower, mapping)
+
+    def _mounts(self, row: Row, lower: Sequence[Path], mapping: IdMap | None) -> Sequence[Mount]:
+        options = mapping.options if mapping else ()
+        return overlay.mounts(self._directories, row.id, row.kind, lower, self._overlay_options, options)
+
+    def _mapping(self, asked: IdMap | None, above: Row | None, attributes: RootAttributes) -> IdMap | None:
+        """What mounts must map: nothing if the client has made a parent for it whose files have mapped owners."""
+        if asked and above and above.ref is None and SNAPSHOT_REF not in self._store.labels(above.id):
+            return None if asked.is_root(attributes) else asked
+        return asked
 
     def _provide(self, plugin: str, above: Row | None, ref: str, labels: Labels, verdict: LayerVerdict) -> None:
         """Have a committed snapshot for a layer of a lazy image. containerd finds it by its ref and its parent."""
@@ -303,6 +322,10 @@ class Snapshotter:
 
     async def _unmount(self, number: int) -> None:
         async with self._lock(number):
+            # The mount of a container with mapped ids names a clone of the image; but it names its own directories.
+            uppers = [str(self._directories.files(child)) for child in self._store.descendants(number, UID_MAPPING)]
+            if uppers and (user := overlay_of(uppers, read_mounts())):
+                raise FailedPrecondition(f"unmounting image {number}: {user} uses it", reason="busy")
             await self._images.unmount(number, self._directories.mountpoint(number))
             self._directories.remove_mountpoint(number)
 

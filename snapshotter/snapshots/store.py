@@ -118,6 +118,14 @@ WITH RECURSIVE chain (depth, id) AS (
 SELECT s.id, s.name, s.ref, i.record
 FROM chain JOIN snapshot s USING (id) LEFT JOIN image i USING (id) ORDER BY depth
 """
+_DESCENDANTS = """
+WITH RECURSIVE above (id) AS (
+    SELECT id FROM snapshot WHERE parent_id = ?
+    UNION ALL
+    SELECT s.id FROM above JOIN snapshot s ON s.parent_id = above.id
+)
+SELECT id FROM above JOIN label ON snapshot_id = id WHERE key = ?
+"""
 
 
 class Store:
@@ -244,6 +252,10 @@ class Store:
             return []
         found = self._db.execute(_CHAIN, (number,)).fetchall()
         return [Layer(layer, name, ref, record and _decode(record)) for layer, name, ref, record in found]
+
+    def descendants(self, number: int, label: str) -> list[int]:
+        """Ids of the snapshots above `number` that have this label."""
+        return [found for (found,) in self._db.execute(_DESCENDANTS, (number, label))]
 
     def remote(self, plugin: str, ref: str, parent_id: int | None) -> int | None:
         """Id of the remote snapshot of layer `ref` on exactly this parent."""

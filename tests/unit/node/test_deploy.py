@@ -49,6 +49,12 @@ def test_containerd_is_pointed_at_the_default_address_and_root(name: str) -> Non
     assert plugin["exports"]["root"] == config.Config().root
 
 
+def test_only_a_containerd_that_maps_ids_is_told_to() -> None:
+    for name, capabilities in (("containerd-1.toml", None), ("containerd-2.toml", ["remap-ids"])):
+        plugin = tomllib.loads((DEPLOY / "containerd" / name).read_text())["proxy_plugins"]["coco"]
+        assert plugin.get("capabilities") == capabilities
+
+
 def test_unit_leaves_workers_and_mounts_alone() -> None:
     unit = (DEPLOY / "coco-snapshotter.service").read_text()
     lines = {line for line in unit.splitlines() if not line.startswith("#")}

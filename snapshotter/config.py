@@ -79,6 +79,7 @@ class Policy(Section, frozen=True):
 class Registry(Section, frozen=True):
     """How registries are spoken to."""
 
+    hosts_dir: str = "/etc/containerd/certs.d"  # hosts.toml files, as containerd reads them; "" = none
     docker_config: str = ""  # path of a docker config.json; "" = none
     plain_http: tuple[str, ...] = ()  # host:port besides loopback
     ca_file: str = ""  # PEM bundle in addition to the system's

@@ -145,6 +145,10 @@ class Fetcher:
                 return bytes(stored)
         raise AssertionError("a stream without its chunk ends in an error")
 
+    def distrust(self, table: ChunkTable) -> int:
+        """What came for this blob is wrong: other hosts are asked first now. How many can be asked in all."""
+        return self._source.distrust(self._reference, table.digest)
+
     def warm_up(self, table: ChunkTable) -> None:
         """Fetch a blob's first chunk: names are resolved and tokens granted before somebody waits for it."""
         if table.count and (table.node, 0) not in self._flights and not self._present(table, 0):

@@ -2,7 +2,7 @@
 
 `cached` answers what is on this machine, from any thread, and is the hot path. `read` runs on the event loop, fetches
 what is missing, and is the only one that can fail. A chunk that fails its checks is dropped from the cache, fetched
-again, and only then an error, which nothing remembers.
+again from each host that may have it, and only then an error, which nothing remembers.
 """
 
 import asyncio
@@ -157,19 +157,23 @@ class ChunkReader:
         return self._decoded.get((table.node, chunk.number), decode, finished)
 
     async def _verified(self, table: ChunkTable, fetcher: Fetcher, chunk: Chunk, stored: Buffer) -> bytes:
-        """The content of a chunk, from `stored` or from one more fetch."""
+        """The content of a chunk, from `stored` or fetched once more, from each host in turn."""
         try:
             return await self._decode(table, chunk, stored)
         except IntegrityError as error:
             self._failed(table, chunk, error)
-        stored = await fetcher.refetch(table, chunk.number)
-        self._cache.drop(chunk.name)  # again: the first fetch may have stored the bad copy only now
-        try:
-            plain = await self._decode(table, chunk, stored)
-        except IntegrityError as error:
-            self._failed(table, chunk, error)
-            raise
-        await self._run(lambda: self._cache.put(chunk.name, stored))
+        for left in reversed(range(fetcher.distrust(table))):
+            again = await fetcher.refetch(table, chunk.number)
+            self._cache.drop(chunk.name)  # again: the first fetch may have stored the bad copy only now
+            try:
+                plain = await self._decode(table, chunk, again)
+                break
+            except IntegrityError as error:
+                self._failed(table, chunk, error)
+                fetcher.distrust(table)
+                if not left:
+                    raise
+        await self._run(lambda: self._cache.put(chunk.name, again))
         return plain
 
     async def _decode(self, table: ChunkTable, chunk: Chunk, stored: Buffer) -> bytes:

@@ -17,6 +17,9 @@ class RangeSource(Protocol):
     ) -> AsyncGenerator[bytes, None]:
         """Exactly `length` bytes of a blob from `offset`, in pieces of any size."""
 
+    def distrust(self, reference: Reference, digest: Digest) -> int:
+        """What came for this blob is wrong: whoever else has it is asked first now. How many can be asked in all."""
+
 
 class RegistryRanges(RegistryClient):
     """A registry client that hands out ranges in pieces; `read_range` collects the same pieces first."""

@@ -24,6 +24,7 @@ from yarl import URL
 from snapshotter.config import Limits
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import ConfigError, LimitExceeded, RegistryDenied
+from snapshotter.registry.endpoint import Endpoint, Scope
 from snapshotter.registry.reference import DOCKER_HUB
 from snapshotter.registry.retry import TRANSIENT_STATUS, Clock, Transient, retry_after_seconds
 from snapshotter.registry.wire import Answer, Wire
@@ -40,13 +41,6 @@ _SCHEME = re.compile(rf"[\s,]*({_WORD})(?=[\s,]|\Z)(?!\s*=)")
 _TOKEN68 = re.compile(r"[ \t]+[A-Za-z0-9._~+/-]+=*[ \t]*(?=,|\Z)")
 _PARAMETER = re.compile(rf'[\s,]*({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
 _BEARER_TOKEN = re.compile(r"[!-~]+")
-
-
-class Endpoint(NamedTuple):
-    """A registry: the name that references and credentials use, and the origin that is spoken to."""
-
-    host: str
-    url: URL
 
 
 class Challenge(NamedTuple):
@@ -174,10 +168,10 @@ class Authenticator:
         self._logins = logins
         self._limits = limits
         self._clock = clock
-        self._grants: OrderedDict[tuple[Endpoint, str], _Grant] = OrderedDict()
-        self._locks: WeakValueDictionary[tuple[Endpoint, str], asyncio.Lock] = WeakValueDictionary()
+        self._grants: OrderedDict[tuple[Endpoint, Scope], _Grant] = OrderedDict()
+        self._locks: WeakValueDictionary[tuple[Endpoint, Scope], asyncio.Lock] = WeakValueDictionary()
 
-    async def header(self, endpoint: Endpoint, scope: str, deadline: float) -> str | None:
+    async def header(self, endpoint: Endpoint, scope: Scope, deadline: float) -> str | None:
         """What to send with a request, renewed before it expires; None while the registry never asked."""
         grant = self._grants.get((endpoint, scope))
         if grant is None:
@@ -187,7 +181,7 @@ class Authenticator:
         return await self._grant(endpoint, scope, grant.challenge, grant.header, deadline)
 
     async def renew(
-        self, endpoint: Endpoint, scope: str, challenges: Sequence[str], rejected: str | None, deadline: float
+        self, endpoint: Endpoint, scope: Scope, challenges: Sequence[str], rejected: str | None, deadline: float
     ) -> None:
         """Answer a 401 (or a 403 to the header `rejected`). Raises RegistryDenied when there is nothing better to say.
 
@@ -201,7 +195,7 @@ class Authenticator:
         await self._grant(endpoint, scope, challenge, rejected, deadline)
 
     async def _grant(
-        self, endpoint: Endpoint, scope: str, challenge: Challenge, rejected: str | None, deadline: float
+        self, endpoint: Endpoint, scope: Scope, challenge: Challenge, rejected: str | None, deadline: float
     ) -> str:
         key = (endpoint, scope)
         lock = self._locks.setdefault(key, asyncio.Lock())
@@ -232,12 +226,12 @@ class Authenticator:
         return header
 
     async def _token(
-        self, endpoint: Endpoint, scope: str, challenge: Challenge, login: Login | None, deadline: float
+        self, endpoint: Endpoint, scope: Scope, challenge: Challenge, login: Login | None, deadline: float
     ) -> tuple[str, float]:
         """A bearer token from the registry's token server, and its life in seconds."""
         realm = _realm(endpoint, challenge)
         # The challenge names what the refused request needs, `scope` what the next ones will.
-        wanted = sorted({scope, *challenge.parameters.get("scope", "").split()})
+        wanted = sorted({str(scope), *challenge.parameters.get("scope", "").split()})
         service = challenge.parameters.get("service", "")
         if login is not None and not login.username:
             form = {
@@ -247,13 +241,14 @@ class Authenticator:
                 "client_id": _CLIENT_ID,
                 "scope": " ".join(wanted),
             }
-            headers = {"Content-Type": "application/x-www-form-urlencoded"}
-            call = self._wire.exchange("POST", realm, headers=headers, deadline=deadline, body=urlencode(form).encode())
+            headers = {**endpoint.own_headers, "Content-Type": "application/x-www-form-urlencoded"}
+            body = urlencode(form).encode()
+            call = self._wire.exchange("POST", realm, headers=headers, via=endpoint, deadline=deadline, body=body)
         else:
             query = [("service", service)] if service else []
             url = realm.extend_query([*query, *(("scope", one) for one in wanted)])
-            headers = {"Authorization": login.basic()} if login else {}
-            call = self._wire.exchange("GET", url, headers=headers, deadline=deadline)
+            headers = {**endpoint.own_headers, **({"Authorization": login.basic()} if login else {})}
+            call = self._wire.exchange("GET", url, headers=headers, via=endpoint, deadline=deadline)
         async with call as answer:
             return await self._read_token(endpoint, answer)
 

@@ -7,22 +7,32 @@ byte that arrived. Source: distribution-spec v1.1.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Self
-
-from yarl import URL
 
 from snapshotter import __version__, labels
 from snapshotter.config import Limits, Registry
 from snapshotter.digest import Digest
-from snapshotter.errors import BadReference, DigestMismatch, InvalidArgument, LimitExceeded, NotFound
+from snapshotter.errors import (
+    ConfigError,
+    DigestMismatch,
+    InvalidArgument,
+    LimitExceeded,
+    NotFound,
+    RegistryUnavailable,
+    SnapshotterError,
+)
 from snapshotter.registry import ranges
-from snapshotter.registry.auth import Authenticator, DockerConfig, Endpoint
+from snapshotter.registry.auth import Authenticator, DockerConfig
+from snapshotter.registry.endpoint import Endpoint, Scope
+from snapshotter.registry.failover import Health, Tour
+from snapshotter.registry.hosts import Hosts
 from snapshotter.registry.ranges import Span
-from snapshotter.registry.reference import DOCKER_HUB, Reference
-from snapshotter.registry.retry import Attempts, Clock, SystemClock, Transient
+from snapshotter.registry.reference import Reference
+from snapshotter.registry.retry import TRANSIENT_STATUS, Attempts, Clock, SystemClock, Transient
 from snapshotter.registry.session import Session
+from snapshotter.registry.tls import TlsContexts
 from snapshotter.registry.upload import BlobContent, Upload
 from snapshotter.registry.wire import Wire
 
@@ -34,10 +44,10 @@ _ACCEPT = ", ".join(
         labels.MEDIA_DOCKER_INDEX,
     )
 )
-_HUB_ORIGIN = "registry-1.docker.io"
 _SLOWEST_BYTES_PER_SECOND = 64 << 10  # whole blobs get this much more time than total_timeout_seconds
 _NO_RANGES_SECONDS = 60.0  # how long a registry that ignored Range is not asked for far ranges again
 _MAX_HOSTS = 256
+_PROBE_SECONDS = 10.0
 
 
 class RegistryClient:
@@ -54,14 +64,18 @@ class RegistryClient:
         self._config = config
         self._limits = limits
         self._clock = clock or SystemClock()
-        self._wire = Wire(config, user_agent, self._clock)
+        tls = TlsContexts(config.ca_file)
+        self._hosts = Hosts(config.hosts_dir, config.plain_http, tls)
+        self._wire = Wire(config, tls, user_agent, self._clock)
         authenticator = Authenticator(self._wire, DockerConfig(config.docker_config), limits, self._clock)
         self._session = Session(self._wire, authenticator, self._clock)
+        self._health = Health(self._clock, self._probe)
         self._without_ranges: OrderedDict[Endpoint, float] = OrderedDict()
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         await self._exit.enter_async_context(self._wire)
+        self._exit.push_async_callback(self._health.close)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -73,22 +87,24 @@ class RegistryClient:
         Raises DigestMismatch when the reference pins another digest or the registry states another one.
         """
         attempts = self._attempts()
-        return await attempts.run(lambda: self._manifest(reference, attempts))
+        hosts = [host for host in self._pulling(reference) if reference.digest or host.resolves]
+        tour = self._tour(hosts, reference, reference.target, attempts)
+        return await tour.run(lambda: self._manifest(reference, tour, attempts.deadline))
 
-    async def _manifest(self, reference: Reference, attempts: Attempts) -> tuple[bytes, str, Digest]:
+    async def _manifest(self, reference: Reference, tour: Tour, deadline: float) -> tuple[bytes, str, Digest]:
         what = f"manifest {reference}"
         limit = self._limits.manifest_bytes
         too_large = LimitExceeded(f"{what}: larger than limits.manifest_bytes = {limit}")
-        endpoint = self._endpoint(reference)
         async with self._session.send(
-            endpoint,
+            tour.host,
             "GET",
-            _url(endpoint, reference, f"manifests/{reference.target}"),
+            tour.host.at(f"{reference.repository}/manifests/{reference.target}"),
             what=what,
             scope=pull_scope(reference),
             headers={"Accept": _ACCEPT},
-            deadline=attempts.deadline,
+            deadline=deadline,
             expect=(200,),
+            hurries=tour.hurries,
         ) as answer:
             ranges.check_unencoded(what, answer.headers)
             if (ranges.parse_content_length(answer.headers) or 0) > limit:
@@ -106,8 +122,15 @@ class RegistryClient:
         """A whole blob. Raises LimitExceeded before asking if `size` is over `limit`, DigestMismatch."""
         if size > limit:
             raise LimitExceeded(f"blob {digest}: {size} bytes are more than the allowed {limit}")
-        async with aclosing(self.blob_stream(reference, digest, size)) as pieces:
-            return b"".join([piece async for piece in pieces])
+        left = len(self._pulling(reference))
+        while True:
+            try:
+                async with aclosing(self.blob_stream(reference, digest, size)) as pieces:
+                    return b"".join([piece async for piece in pieces])
+            except DigestMismatch:
+                left -= 1
+                if not left:
+                    raise
 
     async def blob_stream(self, reference: Reference, digest: Digest, size: int) -> AsyncGenerator[bytes, None]:
         """A whole blob in pieces. They are worth nothing before the end: DigestMismatch comes last."""
@@ -118,6 +141,7 @@ class RegistryClient:
                 hasher.update(piece)
                 yield piece
         if hasher.hexdigest() != digest.hex:
+            self.distrust(reference, digest)
             raise DigestMismatch(f"blob of {reference}: expected {digest}, got sha256:{hasher.hexdigest()}")
 
     async def read_range(self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int) -> bytes:
@@ -127,36 +151,44 @@ class RegistryClient:
         (`ranges.MAX_DISCARD_BYTES`); else RegistryUnavailable, reason no-ranges.
         """
         span = self._span(digest, offset, offset + length, blob_size)
-        endpoint = self._endpoint(reference)
-        far = offset > ranges.MAX_DISCARD_BYTES
-        if far and self._clock.monotonic() < self._without_ranges.get(endpoint, 0.0):
-            raise ranges.no_ranges(_blob_name(reference, digest))
         source = self._pieces(reference, digest, span, self._attempts(), ranges.MAX_DISCARD_BYTES)
         async with aclosing(source) as pieces:
             return b"".join([piece async for piece in pieces])
 
+    def distrust(self, reference: Reference, digest: Digest) -> int:
+        """What came for this blob is wrong: other hosts are asked first now. Returns how many there are in all."""
+        hosts = self._pulling(reference)
+        if len(hosts) > 1:
+            self._health.distrust(_key(reference, digest))
+        return max(1, len(hosts))
+
     async def _pieces(
         self, reference: Reference, digest: Digest, span: Span, attempts: Attempts, max_discard_bytes: int
     ) -> AsyncGenerator[bytes, None]:
-        """The bytes of `span`, over as many requests as it takes."""
+        """The bytes of `span`, over as many requests and hosts as it takes."""
         what = _blob_name(reference, digest)
-        endpoint = self._endpoint(reference)
+        tour = self._tour(self._pulling(reference), reference, digest, attempts)
         while span.start < span.stop:
+            host = tour.host
             try:
+                if span.start > max_discard_bytes and self._clock.monotonic() < self._without_ranges.get(host, 0.0):
+                    raise ranges.no_ranges(what)
                 async with self._session.send(
-                    endpoint,
+                    host,
                     "GET",
-                    _url(endpoint, reference, f"blobs/{digest}"),
+                    host.at(f"{reference.repository}/blobs/{digest}"),
                     what=what,
                     scope=pull_scope(reference),
                     headers={} if span.is_whole else {"Range": span.header()},
                     deadline=attempts.deadline,
                     expect=(200, 206, 416),
-                    remember=(endpoint, reference.repository, digest),
+                    remember=(host, reference.repository, digest),
+                    hurries=tour.hurries,
                 ) as answer:
                     if answer.status == 200 and not span.is_whole:
-                        self._note_without_ranges(endpoint)
+                        self._note_without_ranges(host)
                     skip = ranges.check_answer(what, answer.status, answer.headers, span, max_discard_bytes)
+                    self._health.served(host, _key(reference, digest))
                     while span.start < span.stop:
                         piece = await answer.read()
                         if not piece:
@@ -168,43 +200,50 @@ class RegistryClient:
                             span = span._replace(start=span.start + len(piece))
                             attempts.progressed()
                             yield piece
-            except Transient as error:
-                await attempts.pause(error)
+            except SnapshotterError as error:
+                await tour.failed(error)
 
     async def blob_exists(self, reference: Reference, digest: Digest) -> bool:
         """Whether the repository has the blob."""
-        return await self._blob_exists(reference, digest, pull_scope(reference))
+        return await self._blob_exists(self._pulling(reference), reference, digest, pull_scope(reference))
 
-    async def _blob_exists(self, reference: Reference, digest: Digest, scope: str) -> bool:
+    async def _blob_exists(self, hosts: Sequence[Endpoint], reference: Reference, digest: Digest, scope: Scope) -> bool:
         attempts = self._attempts()
-        return await attempts.run(lambda: self._head_blob(reference, digest, scope, attempts))
-
-    async def _head_blob(self, reference: Reference, digest: Digest, scope: str, attempts: Attempts) -> bool:
-        endpoint = self._endpoint(reference)
+        tour = self._tour(hosts, reference, digest, attempts)
         try:
-            async with self._session.send(
-                endpoint,
-                "HEAD",
-                _url(endpoint, reference, f"blobs/{digest}"),
-                what=_blob_name(reference, digest),
-                scope=scope,
-                deadline=attempts.deadline,
-                expect=(200,),
-            ):
-                return True
+            await tour.run(lambda: self._head_blob(reference, digest, scope, tour, attempts.deadline))
         except NotFound:
             return False
+        return True
+
+    async def _head_blob(self, reference: Reference, digest: Digest, scope: Scope, tour: Tour, deadline: float) -> None:
+        async with self._session.send(
+            tour.host,
+            "HEAD",
+            tour.host.at(f"{reference.repository}/blobs/{digest}"),
+            what=_blob_name(reference, digest),
+            scope=scope,
+            deadline=deadline,
+            expect=(200,),
+            hurries=tour.hurries,
+        ):
+            pass
 
     async def upload_blob(self, reference: Reference, digest: Digest, size: int, source: BlobContent) -> None:
         """Store a blob unless the repository has it. Raises DigestMismatch if `source` is not what it should be."""
         # Asked with the right to push: a repository that does not exist yet may not even be read.
-        if await self._blob_exists(reference, digest, push_scope(reference)):
+        scope, hosts = push_scope(reference), self._pushing(reference)
+        if await self._blob_exists(hosts, reference, digest, scope):
             return
-        endpoint = self._endpoint(reference)
-        upload = Upload(self._session, endpoint, push_scope(reference), self._config, digest, size, source)
         attempts = self._attempts(size)
-        start = _url(endpoint, reference, "blobs/uploads/")
-        await attempts.run(lambda: upload.run(f"upload of {_blob_name(reference, digest)}", start, attempts))
+        tour = self._tour(hosts, reference, digest, attempts)
+
+        async def upload() -> None:
+            upload = Upload(self._session, tour.host, scope, self._config, digest, size, source)
+            start = tour.host.at(f"{reference.repository}/blobs/uploads/")
+            await upload.run(f"upload of {_blob_name(reference, digest)}", start, attempts)
+
+        await tour.run(upload)
 
     async def put_manifest(self, reference: Reference, content: bytes, media_type: str) -> Digest:
         """Store a manifest under the reference's digest or tag. Raises DigestMismatch."""
@@ -212,23 +251,23 @@ class RegistryClient:
         if reference.digest not in (None, digest):
             raise DigestMismatch(f"manifest {reference}: content has digest {digest}")
         attempts = self._attempts()
-        await attempts.run(lambda: self._put_manifest(reference, content, media_type, digest, attempts))
+        tour = self._tour(self._pushing(reference), reference, reference.target, attempts)
+        await tour.run(lambda: self._put_manifest(reference, content, media_type, digest, tour.host, attempts.deadline))
         return digest
 
     async def _put_manifest(
-        self, reference: Reference, content: bytes, media_type: str, digest: Digest, attempts: Attempts
+        self, reference: Reference, content: bytes, media_type: str, digest: Digest, host: Endpoint, deadline: float
     ) -> None:
-        endpoint = self._endpoint(reference)
         what = f"manifest {reference}"
         async with self._session.send(
-            endpoint,
+            host,
             "PUT",
-            _url(endpoint, reference, f"manifests/{reference.target}"),
+            host.at(f"{reference.repository}/manifests/{reference.target}"),
             what=what,
             scope=push_scope(reference),
             headers={"Content-Type": media_type},
             body=lambda: content,
-            deadline=attempts.deadline,
+            deadline=deadline,
             expect=(200, 201, 202),
         ) as answer:
             stored = ranges.stated_digest(what, answer.headers)
@@ -239,16 +278,28 @@ class RegistryClient:
         seconds = self._config.total_timeout_seconds + size / _SLOWEST_BYTES_PER_SECOND
         return Attempts(self._clock, self._config.retries, self._clock.monotonic() + seconds)
 
-    def _endpoint(self, reference: Reference) -> Endpoint:
-        host = reference.host
-        plain = reference.is_loopback or host in self._config.plain_http
-        try:
-            url = URL(f"{'http' if plain else 'https'}://{_HUB_ORIGIN if host == DOCKER_HUB else host}")
-        except ValueError:
-            url = URL()
-        if not url.host:
-            raise BadReference(f"image {reference}: not in a registry")
-        return Endpoint(host, url)
+    def _tour(self, hosts: Sequence[Endpoint], reference: Reference, target: str, attempts: Attempts) -> Tour:
+        if not hosts:
+            raise ConfigError(f"hosts_dir: no host of {reference.host} may be asked for this")
+        return Tour(hosts, _key(reference, target), self._health, attempts)
+
+    def _pulling(self, reference: Reference) -> list[Endpoint]:
+        return [host for host in self._hosts.of(reference) if host.pulls]
+
+    def _pushing(self, reference: Reference) -> list[Endpoint]:
+        """One host, twice if it is not known whether it speaks TLS."""
+        hosts = [host for host in self._hosts.of(reference) if host.pushes]
+        return [host for host in hosts if host.host == hosts[0].host]
+
+    async def _probe(self, host: Endpoint) -> None:
+        """Raises RegistryUnavailable unless it answers."""
+        deadline = self._clock.monotonic() + _PROBE_SECONDS
+        async with self._wire.exchange(
+            "GET", host.at(""), headers=host.own_headers, via=host, deadline=deadline
+        ) as answer:
+            await answer.discard()
+        if answer.status in TRANSIENT_STATUS:
+            raise RegistryUnavailable(f"{host.url.origin()}: answers {answer.status}")
 
     def _span(self, digest: Digest, start: int, stop: int, size: int) -> Span:
         if size > self._limits.blob_bytes:
@@ -263,18 +314,19 @@ class RegistryClient:
             self._without_ranges.popitem(last=False)
 
 
-def pull_scope(reference: Reference) -> str:
-    """Scope of a token that reads (distribution docs/spec/auth/scope.md)."""
-    return f"repository:{reference.repository}:pull"
+def pull_scope(reference: Reference) -> Scope:
+    """Scope of a token that reads."""
+    return Scope(reference.repository, "pull")
 
 
-def push_scope(reference: Reference) -> str:
-    return f"repository:{reference.repository}:pull,push"
+def push_scope(reference: Reference) -> Scope:
+    return Scope(reference.repository, "pull,push")
 
 
 def _blob_name(reference: Reference, digest: Digest) -> str:
     return f"blob {digest} of {reference.host}/{reference.repository}"
 
 
-def _url(endpoint: Endpoint, reference: Reference, path: str) -> URL:
-    return endpoint.url.with_path(f"/v2/{reference.repository}/{path}", encoded=True)
+def _key(reference: Reference, target: str) -> Hashable:
+    """What hosts may have or not have."""
+    return reference.host, reference.repository, target

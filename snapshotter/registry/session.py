@@ -11,7 +11,8 @@ from yarl import URL
 
 from snapshotter.errors import NotFound, RegistryDenied, RegistryUnavailable
 from snapshotter.registry import redirects
-from snapshotter.registry.auth import Authenticator, Endpoint
+from snapshotter.registry.auth import Authenticator
+from snapshotter.registry.endpoint import Endpoint, Scope
 from snapshotter.registry.retry import TRANSIENT_STATUS, Clock, Transient, retry_after_seconds
 from snapshotter.registry.wire import Answer, Body, Wire
 
@@ -35,19 +36,20 @@ class Session:
         url: URL,
         *,
         what: str,
-        scope: str,
+        scope: Scope,
         deadline: float,
         expect: Collection[int],
         headers: Mapping[str, str] | None = None,
         body: Callable[[], Body] | None = None,
         remember: Hashable = None,
         patience_seconds: float | None = None,
+        hurries: bool = False,
     ) -> AsyncIterator[Answer]:
         """Yield the answer if its status is in `expect`.
 
         `what` names the object in errors; `body` makes the content anew for each try; `remember` is the key under
-        which the target of a redirect may be used again. Redirects of requests with a body are refused. Raises
-        Transient, RegistryDenied, NotFound, RegistryUnavailable.
+        which the target of a redirect may be used again. Redirects of requests with a body are refused. `hurries`:
+        see Wire. Raises Transient, RegistryDenied, NotFound, RegistryUnavailable.
         """
         first, hops, renewed, resolved_again = url, 0, False, False
         if remember is not None:
@@ -60,10 +62,16 @@ class Session:
                 async with self._wire.exchange(
                     method,
                     url,
-                    headers={**(headers or {}), **({"Authorization": authorization} if authorization else {})},
+                    headers={
+                        **(endpoint.own_headers if own else {}),
+                        **(headers or {}),
+                        **({"Authorization": authorization} if authorization else {}),
+                    },
+                    via=endpoint,
                     deadline=deadline,
                     body=body() if body else None,
                     patience_seconds=patience_seconds,
+                    hurries=hurries,
                 ) as answer:
                     answered = True
                     if answer.status in expect:

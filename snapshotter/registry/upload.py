@@ -15,7 +15,7 @@ from snapshotter.config import Registry
 from snapshotter.digest import Digest
 from snapshotter.errors import DigestMismatch, SnapshotterError
 from snapshotter.registry import ranges, redirects
-from snapshotter.registry.auth import Endpoint
+from snapshotter.registry.endpoint import Endpoint, Scope
 from snapshotter.registry.retry import Attempts, Transient
 from snapshotter.registry.session import Session
 
@@ -85,7 +85,7 @@ class Upload:
         self,
         session: Session,
         endpoint: Endpoint,
-        scope: str,
+        scope: Scope,
         config: Registry,
         digest: Digest,
         size: int,

@@ -19,11 +19,14 @@ from yarl import URL
 
 from snapshotter.config import Registry
 from snapshotter.errors import ConfigError, RegistryUnavailable
+from snapshotter.registry.endpoint import Endpoint
 from snapshotter.registry.retry import Clock, Transient
+from snapshotter.registry.tls import TlsContexts
 
 _MAX_HEADER_BYTES = 16 << 10  # signed URLs in Location are long
 _DRAIN_BYTES = 64 << 10  # bodies of redirects and errors that are worth reading to keep the connection
 _DRAIN_SECONDS = 1.0
+_HURRIED_SHARE = 1 / 3  # of the usual patience
 _KEEP_SECONDS = 60.0  # an idle connection; a TLS handshake costs two round trips
 
 _T = TypeVar("_T")
@@ -87,12 +90,11 @@ class Answer:
 class Wire:
     """Connections to registries, token servers and redirect targets."""
 
-    def __init__(self, config: Registry, user_agent: str, clock: Clock) -> None:
-        """Raises ConfigError when `ca_file` cannot be used."""
+    def __init__(self, config: Registry, tls: TlsContexts, user_agent: str, clock: Clock) -> None:
         self._config = config
+        self._tls = tls
         self._headers = {"User-Agent": user_agent, "Accept-Encoding": "identity"}
         self._clock = clock
-        self._tls = _tls_context(config.ca_file)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -101,7 +103,6 @@ class Wire:
                 limit=0,
                 limit_per_host=self._config.connections,
                 keepalive_timeout=_KEEP_SECONDS,
-                ssl=self._tls,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
@@ -123,13 +124,16 @@ class Wire:
         url: URL,
         *,
         headers: Mapping[str, str],
+        via: Endpoint,
         deadline: float,
         body: Body | None = None,
         patience_seconds: float | None = None,
+        hurries: bool = False,
     ) -> AsyncIterator[Answer]:
         """Send one request. Raises Transient when there is no answer until `deadline` (on the clock's monotonic).
 
-        `patience_seconds`: how long the server may be silent, instead of `progress_timeout_seconds`.
+        `via`: the host whose TLS counts, also where it redirects to. `patience_seconds`: how long the server may be
+        silent, instead of `progress_timeout_seconds`. `hurries`: it is given up sooner, as others can be asked.
         """
         if self._session is None:
             raise RuntimeError("registry client is used outside its context")
@@ -143,7 +147,8 @@ class Wire:
             allow_redirects=False,
             proxy=proxy,
             proxy_headers=proxy_headers,  # of a CONNECT; a plain request carries them itself
-            timeout=self._timeout(patience_seconds),
+            ssl=self._tls.get(via.tls),
+            timeout=self._timeout(via, patience_seconds, hurries),
         )
         response = await guarded(what, deadline - self._clock.monotonic(), request)
         try:
@@ -155,11 +160,12 @@ class Wire:
             # A body that was read to its end leaves the connection usable; an unread one closes it.
             response.release()
 
-    def _timeout(self, patience_seconds: float | None) -> aiohttp.ClientTimeout:
+    def _timeout(self, via: Endpoint, patience_seconds: float | None, hurries: bool) -> aiohttp.ClientTimeout:
+        share = _HURRIED_SHARE if hurries else 1.0
         return aiohttp.ClientTimeout(
             total=None,  # the deadline covers retries too, so the caller keeps it
-            sock_connect=self._config.connect_timeout_seconds,
-            sock_read=patience_seconds or self._config.progress_timeout_seconds,
+            sock_connect=via.connect_seconds or self._config.connect_timeout_seconds * share,
+            sock_read=patience_seconds or self._config.progress_timeout_seconds * share,
         )
 
 
@@ -196,16 +202,6 @@ def _reason(error: BaseException | None) -> str:
         "ClientPayloadError": "body cut short",
         "ClientResponseError": "not HTTP",
     }.get(type(error).__name__, type(error).__name__)
-
-
-def _tls_context(ca_file: str) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if ca_file:
-        try:
-            context.load_verify_locations(cafile=ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"config: registry.ca_file {ca_file}: {error.strerror or 'not PEM'}") from error
-    return context
 
 
 def _proxy_for(url: URL) -> tuple[URL | None, dict[str, str]]:

@@ -33,6 +33,13 @@ class Source:
         self.gate.set()
         self.flip: Callable[[bytes], bytes] = bytes
         self.error: Exception | None = None
+        self.hosts = 1
+        self.distrusted = 0
+
+    def distrust(self, reference: Reference, digest: Digest) -> int:
+        assert reference == REPOSITORY
+        self.distrusted += 1
+        return self.hosts
 
     async def until_active(self, count: int) -> None:
         while self.active < count:  # noqa: ASYNC110 - a few turns of the loop
@@ -269,6 +276,16 @@ async def test_one_flipped_answer_is_made_good_by_asking_again(rig: Rig) -> None
     await rig.settle()
     assert rig.cached(last.offset, 10) == rig.plain[last.offset :][:10]
     assert rig.counts()["retries"] == 1
+
+
+@pytest.mark.allow_warnings
+async def test_each_host_is_asked_before_a_chunk_is_an_error(rig: Rig) -> None:
+    rig.source.hosts = 2
+    answers = iter([lambda data: data[:-1] + bytes([data[-1] ^ 0x80])] * 2)
+    rig.source.flip = lambda data: next(answers, bytes)(data)
+    last = rig.table.chunk(rig.table.count - 1)
+    assert await rig.read(last.offset, 10) == rig.plain[last.offset :][:10]
+    assert (rig.counts()["retries"], rig.source.distrusted) == (2, 2)
 
 
 @pytest.mark.allow_warnings

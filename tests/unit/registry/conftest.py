@@ -1,6 +1,7 @@
 """A misbehaving registry and a client of it whose clock stands still."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -51,3 +52,10 @@ async def clients(clock: FakeClock) -> AsyncIterator[Clients]:
 @pytest.fixture
 def image(sim: SimRegistry) -> Reference:
     return Reference.parse(f"{sim.address}/team/app:1")
+
+
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Let the loop run until something has happened."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what happens has no event
+            await asyncio.sleep(0.005)

@@ -3,6 +3,10 @@
 What `serve` becomes. It restarts the workers, hands its descriptors to each new one, and after its own death takes them
 back from blobd's duplicates. It trusts only root on this machine, parses nothing from outside, and needs nothing but
 the standard library. Its flags are the workers' flags; of these it reads --root and --address.
+
+A reload never bets the descriptors on a program that has not been seen to run. What is installed is first tried in a
+child. Then this process becomes the new keeper while the old workers, and with them the duplicates, live on; it is the
+new one that replaces them. Should it die instead, its successor adopts them like after any other death.
 """
 
 import contextlib
@@ -19,29 +23,34 @@ from collections.abc import Iterator
 from snapshotter import __version__, control
 from snapshotter.loop import SIGNALS, Loop
 from snapshotter.mounts.syscalls import open_fuse_session
-from snapshotter.workers import Worker, log
+from snapshotter.workers import Trial, Worker, log
 
 MODULES = {"blobd": "snapshotter.ondemand.blobd", "snapshotd": "snapshotter.daemon"}
 IMAGE = re.compile(r"image-[0-9]{1,13}")
 STOP = (signal.SIGTERM, signal.SIGINT)
-HANDOVER = "COCO_KEEPER_HANDOVER"  # environment of the re-executed keeper: JSON {name: fd}
+# Environment of the re-executed keeper, JSON: the store and the lock {name: fd}, living workers {name: [pid, pidfd]}.
+HANDOVER, HANDED_WORKERS = "COCO_KEEPER_HANDOVER", "COCO_KEEPER_WORKERS"
 DRAIN_SECONDS, LEAVE_SECONDS, RELOAD_SECONDS = 7.0, 2.0, 5.0  # SIGTERM: snapshotd, then blobd; SIGHUP: both
 
 
 class Keeper:
-    """`commands` maps each worker to its argv; `root` and `address` are absolute paths, `root` exists."""
+    """`commands` maps each worker to its argv; `trial` is a command that fails if what is installed cannot serve here.
 
-    def __init__(self, root: str, address: str, commands: dict[str, list[str]]) -> None:
+    `root` and `address` are absolute paths, `root` exists.
+    """
+
+    def __init__(self, root: str, address: str, commands: dict[str, list[str]], trial: list[str]) -> None:
         self.root, self.address = root, address
         self.blobd = Worker("blobd", commands["blobd"], root)
         self.snapshotd = Worker("snapshotd", commands["snapshotd"], root)
         self.workers = [self.blobd, self.snapshotd]
         self.loop = Loop()
+        self.trial = Trial(trial)
 
     def run(self) -> int:
         """Keep until SIGTERM or SIGINT; the exit status. Raises BlockingIOError if another keeper has the root."""
-        handover = json.loads(os.environ.pop(HANDOVER, "{}"))
-        for fd in handover.values():
+        handover, living = (json.loads(os.environ.pop(name, "{}")) for name in (HANDOVER, HANDED_WORKERS))
+        for fd in [*handover.values(), *(pidfd for _, pidfd in living.values())]:
             os.set_inheritable(fd, False)
         self.lock = handover.pop("lock", None) or control.take_lock(f"{self.root}/lock")
         self.loop.catch_signals()
@@ -51,14 +60,17 @@ class Keeper:
         self.loop.watch(self.listener, self._accept)
         log("info", "keeper runs", pid=os.getpid(), root=self.root, address=self.address, version=__version__)
         self._announce()
+        self._replace(living)
         while True:
             for worker in self.workers:
                 if not worker.pid and worker.due <= time.monotonic() and worker.start():
                     worker.watch(self.loop)
             dead = [worker.due - time.monotonic() for worker in self.workers if not worker.pid]
-            self.loop.step(min(dead, default=3600))
-            if self.loop.told(signal.SIGHUP):
-                self._reload()
+            self.loop.step(min(3600, self.trial.remaining(), *dead))
+            if not self.trial.runs and self.loop.told(signal.SIGHUP):
+                self.loop.forget_signals(signal.SIGHUP)
+                log("info", "reload: trying what is installed")
+                self.trial.start(self.loop, self._tried)
             if self.loop.told(*STOP):
                 return self._shut_down()
 
@@ -141,12 +153,12 @@ class Keeper:
 
     def _shut_down(self) -> int:
         log("info", "shutting down")
-        self.loop.forget_signals()
+        self.loop.forget_signals(*SIGNALS)
         self._end([self.snapshotd], signal.SIGTERM, DRAIN_SECONDS)
         self.snapshotd.kill(signal.SIGKILL)
         self._end([self.blobd], signal.SIGTERM, LEAVE_SECONDS)
         if self.loop.told(*STOP):  # a second time
-            self.loop.forget_signals()
+            self.loop.forget_signals(*SIGNALS)
             self._end([self.blobd], signal.SIGINT, LEAVE_SECONDS)
         if self.blobd.pid:
             log("warning", "images are in use: blobd stays and serves them", pid=self.blobd.pid)
@@ -156,20 +168,40 @@ class Keeper:
                 os.unlink(path)
         return 0
 
-    def _reload(self) -> None:
-        """Replace both workers and this program by what is installed now; pid, lock and descriptors stay."""
+    def _tried(self, failure: str | None) -> None:
+        """What the trial of the installed program said; None: it can serve."""
+        if failure is not None:
+            log("error", "reload refused: what is installed cannot serve, going on as before", cause=failure)
+        elif not self.loop.told(*STOP):
+            self._become_new()
+
+    def _become_new(self) -> None:
+        """Become the program that is installed now; pid, lock, descriptors, workers stay. Returns only if it fails."""
         log("info", "reloading")
-        self._end(self.workers, signal.SIGINT, RELOAD_SECONDS)
-        self._end(self.workers, signal.SIGKILL, 1)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now stays pending for the successor
-        if self.loop.told(*STOP):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return
         handover = {**self.store, "lock": self.lock}
-        for fd in handover.values():
+        living = {worker.name: (worker.pid, worker.pidfd) for worker in self.workers if worker.pid}
+        descriptors = [*handover.values(), *(pidfd for _, pidfd in living.values())]
+        os.environ |= {HANDOVER: json.dumps(handover), HANDED_WORKERS: json.dumps(living)}
+        for fd in descriptors:
             os.set_inheritable(fd, True)
-        os.environ[HANDOVER] = json.dumps(handover)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command line
+        try:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command line
+        except OSError as error:
+            log("error", "reload failed, going on as before", error=str(error))
+        for fd in descriptors:
+            os.set_inheritable(fd, False)
+        del os.environ[HANDOVER], os.environ[HANDED_WORKERS]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _replace(self, living: dict[str, tuple[int, int]]) -> None:
+        """End the workers that the keeper before us handed over; the caller starts new ones."""
+        handed = [worker for worker in self.workers if worker.name in living]
+        for worker in handed:
+            worker.take_over(*living[worker.name])
+            worker.watch(self.loop)
+        self._end(handed, signal.SIGINT, RELOAD_SECONDS)
+        self._end(handed, signal.SIGKILL, 1)
 
 
 def main(flags: list[str]) -> int:
@@ -180,13 +212,15 @@ def main(flags: list[str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one descriptor per image
     os.umask(0o077)
     os.makedirs(root, exist_ok=True)
-    return supervise(root, address, {n: [sys.executable, "-P", "-m", module, *flags] for n, module in MODULES.items()})
+    run = [sys.executable, "-P", "-m"]
+    commands = {name: [*run, module, *flags] for name, module in MODULES.items()}
+    return supervise(root, address, commands, [*run, "snapshotter", "serve", "--check", *flags])
 
 
-def supervise(root: str, address: str, commands: dict[str, list[str]]) -> int:
+def supervise(root: str, address: str, commands: dict[str, list[str]], trial: list[str]) -> int:
     """Run a keeper; its exit status: 5 if another one has the root."""
     try:
-        return Keeper(root, address, commands).run()
+        return Keeper(root, address, commands, trial).run()
     except BlockingIOError:
         pid = control.lock_holder(f"{root}/lock")
         sys.stderr.write(f"coco-snapshotter: error: already running as pid {pid}, which holds {root}/lock\n")

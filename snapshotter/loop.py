@@ -46,5 +46,5 @@ class Loop:
         """Whether one of these signals came."""
         return not self._caught.isdisjoint(numbers)
 
-    def forget_signals(self) -> None:
-        self._caught.clear()
+    def forget_signals(self, *numbers: int) -> None:
+        self._caught.difference_update(numbers)

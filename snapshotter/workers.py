@@ -1,18 +1,23 @@
 """A worker process as the keeper sees it: started or adopted, watched by pidfd, restarted with a growing delay.
 
+And a process that only has to show that it would work.
+
 Standard library only, like everything that the keeper imports.
 """
 
 import json
+import math
 import os
 import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 from snapshotter import control
 from snapshotter.loop import Loop
 
+TRIAL_SECONDS = 60
 FIRST_DELAY, LAST_DELAY, STEADY_SECONDS = 0.1, 2.0, 10.0  # a worker that lived this long starts again at once
 
 
@@ -44,7 +49,7 @@ class Worker:
             log("error", "worker cannot be started", worker=self.name, error=str(error))
             self.due = time.monotonic() + LAST_DELAY
             return False
-        self._living(pid)
+        self.take_over(pid, os.pidfd_open(pid))
         log("info", "worker started", worker=self.name, pid=pid)
         return True
 
@@ -57,7 +62,7 @@ class Worker:
         deadline = time.monotonic() + patience
         while not found and (pid := control.lock_holder(self._lock)) is not None:
             if time.monotonic() >= deadline:
-                self._living(pid)
+                self.take_over(pid, os.pidfd_open(pid))
                 return self._destroy()
             try:
                 found, _ = control.fetch_all(self._socket, {"op": "dump"}, timeout=30)
@@ -65,13 +70,17 @@ class Worker:
                 time.sleep(0.1)
         if not found or pid is None:
             return {}
-        self._living(pid)
+        self.take_over(pid, os.pidfd_open(pid))
         if not needed <= found.keys():
             control.close_all(found.values())
             return self._destroy()
         self.ready = True
         log("info", "worker adopted", worker=self.name, pid=pid, descriptors=len(found))
         return found
+
+    def take_over(self, pid: int, pidfd: int) -> None:
+        """This process is the worker from now on, living or not yet reaped."""
+        self.pid, self.pidfd, self._started = pid, pidfd, time.monotonic()
 
     def announced(self, pid: int) -> None:
         """`pid` says that it serves."""
@@ -106,12 +115,58 @@ class Worker:
         os.close(self.pidfd)
         self.pid, self.pidfd, self.ready = 0, -1, False
 
-    def _living(self, pid: int) -> None:
-        self.pid, self.pidfd, self._started = pid, os.pidfd_open(pid), time.monotonic()
-
     def _destroy(self) -> dict[str, int]:
         log("error", "worker cannot be adopted and is killed", worker=self.name, pid=self.pid)
         self.kill(signal.SIGKILL)
         select.select([self.pidfd], [], [], 10)
         self._reap()
         return {}
+
+
+class Trial:
+    """Runs `command` now and then to see whether it succeeds; one run at a time."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self._pid, self._pidfd, self._said = 0, -1, -1
+        self._deadline = math.inf
+
+    @property
+    def runs(self) -> bool:
+        return self._pid > 0
+
+    def start(self, loop: Loop, tell: Callable[[str | None], object]) -> None:
+        """`tell` is called when the command has ended: with None for status 0, else with its last words."""
+        self._said = os.memfd_create("trial", os.MFD_CLOEXEC)
+        output = [(os.POSIX_SPAWN_DUP2, self._said, number) for number in (1, 2)]
+        try:
+            self._pid = os.posix_spawn(
+                self._command[0], self._command, os.environ, file_actions=output, setsid=True, setsigmask=()
+            )
+        except OSError as error:
+            os.close(self._said)
+            tell(str(error))
+            return
+        self._pidfd, self._deadline = os.pidfd_open(self._pid), time.monotonic() + TRIAL_SECONDS
+
+        def ended() -> None:
+            loop.forget(self._pidfd)
+            tell(self._verdict())
+
+        loop.watch(self._pidfd, ended)
+
+    def remaining(self) -> float:
+        """Seconds until a run has to be over, after which it is ended."""
+        if time.monotonic() >= self._deadline:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._deadline = math.inf
+        return self._deadline - time.monotonic()
+
+    def _verdict(self) -> str | None:
+        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        size = os.fstat(self._said).st_size
+        words = os.pread(self._said, 2000, max(0, size - 2000)).decode(errors="replace").strip()
+        os.close(self._pidfd)
+        os.close(self._said)
+        self._pid, self._deadline = 0, math.inf
+        return None if status == 0 else words or f"status {status}"

@@ -1,12 +1,13 @@
 """Commands of a node: `serve`, `status`, `version`."""
 
 import argparse
+import importlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from snapshotter import __version__, control
 from snapshotter.errors import Unavailable
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+# What `serve` comes to run, whole: a file that is missing or broken shows when these are imported.
+_PARTS = (
+    "snapshotter.keeper", "snapshotter.daemon", "snapshotter.snapshots.pullpath", "snapshotter.ondemand.blobd",
+    "snapshotter.mounts.oneshot",
+)  # fmt: skip
 DEFAULT_CONFIG = Path("/etc/coco-snapshotter/config.toml")
 
 
@@ -30,6 +36,9 @@ def register(commands: "Commands") -> None:
     add_flags(serve)
     serve.add_argument("--cache", metavar="DIR", help="untrusted cache of encrypted chunks (cache_dir)")
     serve.add_argument("--address", metavar="SOCK", help="Unix socket for containerd (address)")
+    serve.add_argument(
+        "--check", action="store_true", help="only check that this program could serve with these settings"
+    )
     serve.set_defaults(run=run_serve)
     status = commands.add_parser(
         "status",
@@ -67,12 +76,22 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from snapshotter.image.policy import ImagePolicy
     from snapshotter.keys import configured
     from snapshotter.mounts import placement
+    from snapshotter.snapshots import recovery
 
     path, config = load_config(arguments)
     log.configure("error", config.log.format)  # the workers say the rest
     placement.check(config)
     ImagePolicy.of(config.mode, config.policy)
     configured.provider(config.keys)
+    recovery.refuse_newer_database(Path(config.root))
+    if arguments.check:
+        for module in _PARTS:
+            importlib.import_module(module)
+        return 0
+    return _become_keeper(config, path)
+
+
+def _become_keeper(config: "Config", path: Path | None) -> NoReturn:
     flags = ["--root", config.root, "--cache", config.cache_dir, "--address", config.address]
     flags += ["--config", str(path)] if path else []
     # -P keeps the working directory out of the import path; this package is found where it was found now.
@@ -120,6 +139,7 @@ def _document(config: "Config", answers: dict[str, dict[str, Any]]) -> dict[str,
         "images": snapshotd.get("images", []),
         "cache": blobd.get("cache", {"bytes": 0, "entries": 0}),
         "counters": {**blobd.get("counters", {}), **snapshotd.get("counters", {})},
+        "versions": {name: answers.get(name, {}).get("version") for name in ("keeper", "snapshotd", "blobd")},
     }
 
 

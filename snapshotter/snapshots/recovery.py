@@ -1,6 +1,8 @@
 """Start-up: a lost database is made again from the sidecars, and database and directories are brought to agree."""
 
+import contextlib
 import re
+import sqlite3
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +12,7 @@ import structlog
 from snapshotter.errors import ConfigError
 from snapshotter.snapshots import sidecar
 from snapshotter.snapshots.directories import Directories, RootAttributes
-from snapshotter.snapshots.store import DamagedStore, Entry, Store
+from snapshotter.snapshots.store import DamagedStore, Entry, Store, refuse_newer
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +36,14 @@ def open_store(root: Path) -> Store:
             if Path(f"{path}{suffix}").exists():
                 Path(f"{path}{suffix}").rename(f"{aside}{suffix}")
         return Store(path, lambda: _remembered(root))
+
+
+def refuse_newer_database(root: Path) -> None:
+    """Raises FailedPrecondition if the database of `root` is a newer program's. Changes nothing; it may be in use."""
+    name = f"{(root / DATABASE).as_uri()}?mode=rw"
+    # Missing, busy or damaged: not a question of versions.
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(name, uri=True)) as db:
+        refuse_newer(db)
 
 
 def require_verified(root: Path, store: Store, only_verified: bool) -> None:

@@ -21,7 +21,7 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +63,10 @@ CREATE TABLE image (
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {VERSION};
 """
+
+
+# What makes version n + 1 of version n, for every n before VERSION: a step's statements, separated by semicolons.
+_STEPS: Mapping[int, str] = {}
 
 
 class DamagedStore(Exception):
@@ -152,6 +156,7 @@ class Store:
             raise
 
     def _prepare(self, known: Callable[[], Iterable["Entry"]]) -> None:
+        refuse_newer(self._db)
         for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             self._db.execute(f"PRAGMA {setting}")
         if self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
@@ -165,13 +170,22 @@ class Store:
                 # What was removed before is not known any more: go on far above, where no id of ours has been.
                 self._db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?)", (int(time.time()),))
         (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION:
             raise DamagedStore("not a database of snapshots")
-        if version != VERSION:
-            raise FailedPrecondition(f"metadata.db has version {version}; this program knows version {VERSION}")
+        self._migrate()
         found = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'").fetchone()
         self.reserve(found[0] if found else 0)
+
+    def _migrate(self) -> None:
+        """Bring the database of an older program up to date, in one transaction."""
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == VERSION:
+            return
+        with self.transaction():
+            for step in range(version, VERSION):
+                for statement in _STEPS[step].split(";"):
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
 
     def close(self) -> None:
         self._db.close()
@@ -397,6 +411,15 @@ class Entry(NamedTuple):
     @property
     def info(self) -> Info:
         return _info(self.row, dict(self.labels))
+
+
+def refuse_newer(db: sqlite3.Connection) -> None:
+    """Raises FailedPrecondition for the database of a newer program, having changed nothing."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version > VERSION:
+        raise FailedPrecondition(
+            f"metadata.db has version {version}; this program knows version {VERSION}", hint="run the newer program"
+        )
 
 
 def _row(columns: Iterable[object]) -> Row:

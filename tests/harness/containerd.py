@@ -243,6 +243,12 @@ class Container:
 
         until(running, f"container {self.identity} runs", timeout)
 
+    @property
+    def pid(self) -> int:
+        """Its first process, as this machine numbers it."""
+        lines = (line.split() for line in self._daemon.ctr("tasks", "ls").splitlines())
+        return next(int(line[1]) for line in lines if line[0] == self.identity)
+
     def exec(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command inside and return its result."""
         name = f"exec-{next(self._execs)}"

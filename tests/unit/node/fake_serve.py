@@ -1,4 +1,7 @@
-"""A keeper whose workers are `fake_worker`."""
+"""A keeper whose workers are `fake_worker`, and whose trial of a new program fails if there is a file `broken`.
+
+With a file `die` it ends at once.
+"""
 
 import os
 import sys
@@ -9,7 +12,10 @@ from snapshotter import keeper
 if __name__ == "__main__":
     root, address = sys.argv[1:]
     worker = str(Path(__file__).with_name("fake_worker.py"))
+    if Path(root, "die").exists():
+        sys.exit(9)
     os.umask(0o077)
     Path(root).mkdir(exist_ok=True)
     commands = {name: [sys.executable, "-P", worker, name, root] for name in keeper.MODULES}
-    sys.exit(keeper.supervise(root, address, commands))
+    trial = ["/bin/sh", "-c", f"if [ -e {root}/broken ]; then cat {root}/broken; exit 1; fi"]
+    sys.exit(keeper.supervise(root, address, commands, trial))

@@ -1,7 +1,9 @@
 """The command line: what a person sees, and the exit codes scripts rely on."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +94,24 @@ def test_confidential_serve_refuses_an_ordinary_disk(tmp_path: Path) -> None:
     assert not Path("/var/lib/coco-test").exists()
 
 
+@pytest.mark.root
+def test_serve_check_says_whether_it_could_serve_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f"root = '{tmp_path}/root'\n")
+    result = run("serve", "--check", "--config", tmp_path / "config.toml")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not (tmp_path / "root").exists()
+    (tmp_path / "root").mkdir(mode=0o755)
+    with contextlib.closing(sqlite3.connect(tmp_path / "root" / "metadata.db")) as db:
+        db.execute("PRAGMA user_version = 77")
+    before = (tmp_path / "root" / "metadata.db").read_bytes()
+    for flags in (["--check"], []):
+        result = run("serve", *flags, "--config", tmp_path / "config.toml")
+        assert result.returncode == 5
+        assert "metadata.db has version 77" in result.stderr
+        assert [path.name for path in (tmp_path / "root").iterdir()] == ["metadata.db"]
+        assert (tmp_path / "root" / "metadata.db").read_bytes() == before
+
+
 def test_status_of_a_node_that_does_not_run(tmp_path: Path) -> None:
     result = run("status", "--root", tmp_path)
     assert result.returncode == 10
@@ -102,7 +122,7 @@ def test_status_document_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     result = run("status", "--root", "here", "--json", cwd=tmp_path)
     assert result.returncode == 10
     document = json.loads(result.stdout)
-    promised = ("version", "mode", "root", "cache_dir", "address", "pids", "images", "cache", "counters")
+    promised = ("version", "mode", "root", "cache_dir", "address", "pids", "images", "cache", "counters", "versions")
     assert tuple(document) == promised
     assert document["root"] == str(tmp_path / "here")
     assert tuple(document["pids"]) == ("keeper", "snapshotd", "blobd")

@@ -237,6 +237,42 @@ def test_reload_keeps_pid_and_descriptors_and_replaces_both_workers(node: Node) 
     assert node.spawn().wait() == 5  # the lock was never free
 
 
+def test_reload_is_refused_if_what_is_installed_cannot_serve(node: Node) -> None:
+    old = node.pids()
+    (node.root / "broken").write_text("SyntaxError: no such program")
+    node.keeper.signal(signal.SIGHUP)
+    until(lambda: any(event.startswith("reload refused") for event in node.events()), "the refusal is logged", 10)
+    refusal = json.loads(node.keeper.errors().splitlines()[-1])
+    assert (refusal["level"], refusal["cause"]) == ("error", "SyntaxError: no such program")
+    assert node.pids() == old
+    (node.root / "broken").unlink()
+    node.keeper.signal(signal.SIGHUP)
+    until(lambda: node.ready() and node.pids()["blobd"] != old["blobd"], "new workers", 15)
+
+
+def test_reload_by_a_keeper_that_has_adopted_its_workers(node: Node) -> None:
+    image, session = node.attach(7), node.session()
+    node.kill("keeper")
+    node.start()
+    old = node.pids()
+    node.keeper.signal(signal.SIGHUP)
+    until(lambda: node.ready() and node.pids()["blobd"] != old["blobd"], "new workers", 15)
+    assert node.pids()["keeper"] == old["keeper"]
+    assert (node.image(7), node.session()) == (image, session)
+
+
+def test_new_keeper_that_dies_in_a_reload_costs_nothing(node: Node) -> None:
+    """Workers, and with them the duplicates of everything, live until the new keeper is there and replaces them."""
+    image, session, old = node.attach(7), node.session(), node.pids()
+    (node.root / "die").touch()
+    node.keeper.signal(signal.SIGHUP)
+    assert node.keeper.wait(10) == 9
+    (node.root / "die").unlink()
+    assert all(alive(old[name]) for name in WORKERS)
+    node.start()
+    assert (node.image(7), node.session()) == (image, session)
+
+
 def test_stop_ends_all_three_and_removes_the_socket(node: Node) -> None:
     old = node.pids()
     assert node.keeper.stop() == 0

@@ -28,9 +28,10 @@ def test_status_of_a_running_node(work: Work) -> None:
     serve = Serve(work)
     status = serve.status()
     assert set(status) == {
-        "version", "mode", "root", "cache_dir", "address", "pids", "images", "cache", "counters",
+        "version", "mode", "root", "cache_dir", "address", "pids", "images", "cache", "counters", "versions",
     }  # fmt: skip
     assert status["version"] == __version__
+    assert status["versions"] == dict.fromkeys(("keeper", "snapshotd", "blobd"), __version__)
     assert status["mode"] == "open"
     assert (status["root"], status["cache_dir"]) == (str(serve.root), str(serve.cache))
     assert status["address"] == str(serve.address)

@@ -1,5 +1,6 @@
 """The metadata database: the cases of containerd's metastore tests, and ids that never come back."""
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, SnapshotterError
+from snapshotter.snapshots import store as store_module
 from snapshotter.snapshots.model import Kind, Labels, Usage
 from snapshotter.snapshots.remote import ImageRecord
-from snapshotter.snapshots.store import DamagedStore, Entry, Row, Store
+from snapshotter.snapshots.store import VERSION, DamagedStore, Entry, Row, Store
 
 P = "plugin"
 NONE: Labels = {}
@@ -241,6 +243,34 @@ def test_foreign_and_newer_databases_are_refused(tmp_path: Path) -> None:
         other.close()
         with pytest.raises(error):
             Store(tmp_path / name)
+
+
+def test_the_database_of_an_older_program_is_brought_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "older"
+    Store(path).close()
+    steps = {
+        VERSION: "CREATE TABLE note (id INTEGER) STRICT; INSERT INTO note VALUES (1)",
+        VERSION + 1: "ALTER TABLE note ADD COLUMN text TEXT",
+    }
+    monkeypatch.setattr(store_module, "VERSION", VERSION + 2)
+    monkeypatch.setattr(store_module, "_STEPS", {**steps, VERSION + 1: "ALTER TABLE missing ADD COLUMN text TEXT"})
+    with pytest.raises(sqlite3.OperationalError, match="missing"):
+        Store(path)
+    assert _schema(path) == (VERSION, [])
+    monkeypatch.setattr(store_module, "_STEPS", steps)
+    for _ in range(2):  # once is enough
+        Store(path).close()
+        assert _schema(path) == (VERSION + 2, [(1, None)])
+
+
+def _schema(path: Path) -> tuple[int, list[tuple[object, ...]]]:
+    """Version, and what is in the table that the steps above make."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        made = db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'note'").fetchone()
+        return version, db.execute("SELECT * FROM note").fetchall() if made else []
 
 
 def test_the_file_is_private(store: Store, tmp_path: Path) -> None:

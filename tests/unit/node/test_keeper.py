@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ class Node:
             return all(self.ask(name)["pid"] == self.pids()[name] for name in WORKERS) and self.pids()["keeper"] > 0
         except (OSError, EOFError):
             return False
+
+    def reload(self) -> None:
+        """SIGHUP, and wait for new workers; the keeper answers nobody while it becomes the new one."""
+        old = self.pids()["blobd"]
+        self.keeper.signal(signal.SIGHUP)
+
+        def replaced() -> bool:
+            with suppress(OSError, EOFError):
+                return self.pids()["blobd"] not in (0, old) and self.ready()
+            return False
+
+        until(replaced, "new workers", 15)
 
     def ask(self, name: str, op: str = "status") -> dict[str, Any]:
         return control.request(self.root / f"{name}.sock", {"op": op})[0]
@@ -226,8 +239,7 @@ def test_garbage_and_silent_connections_do_not_stop_the_keeper(node: Node) -> No
 
 def test_reload_keeps_pid_and_descriptors_and_replaces_both_workers(node: Node) -> None:
     image, session, old = node.attach(7), node.session(), node.pids()
-    node.keeper.signal(signal.SIGHUP)
-    until(lambda: node.ready() and node.pids()["blobd"] != old["blobd"], "new workers", 15)
+    node.reload()
     new = node.pids()
     assert new["keeper"] == old["keeper"] == node.keeper.pid
     assert new["snapshotd"] != old["snapshotd"]
@@ -246,8 +258,8 @@ def test_reload_is_refused_if_what_is_installed_cannot_serve(node: Node) -> None
     assert (refusal["level"], refusal["cause"]) == ("error", "SyntaxError: no such program")
     assert node.pids() == old
     (node.root / "broken").unlink()
-    node.keeper.signal(signal.SIGHUP)
-    until(lambda: node.ready() and node.pids()["blobd"] != old["blobd"], "new workers", 15)
+    node.reload()
+    assert node.pids()["blobd"] != old["blobd"]
 
 
 def test_reload_by_a_keeper_that_has_adopted_its_workers(node: Node) -> None:
@@ -255,8 +267,7 @@ def test_reload_by_a_keeper_that_has_adopted_its_workers(node: Node) -> None:
     node.kill("keeper")
     node.start()
     old = node.pids()
-    node.keeper.signal(signal.SIGHUP)
-    until(lambda: node.ready() and node.pids()["blobd"] != old["blobd"], "new workers", 15)
+    node.reload()
     assert node.pids()["keeper"] == old["keeper"]
     assert (node.image(7), node.session()) == (image, session)
 

@@ -23,7 +23,9 @@ import structlog
 from snapshotter import __version__, config, control
 from snapshotter.errors import SnapshotterError
 from snapshotter.image.policy import ImagePolicy
-from snapshotter.log import configure
+from snapshotter.log import bind_request, configure
+from snapshotter.monitor import journal
+from snapshotter.monitor.trail import Trail
 from snapshotter.mounts.drivers import ErofsMounter
 from snapshotter.mounts.mountinfo import read_mounts
 from snapshotter.mounts.syscalls import set_undumpable
@@ -73,6 +75,7 @@ class Daemon:
         self._blobd = BlobdClient(root / "blobd.sock")
         self._data_plane = DataPlane(root / "keeper.sock", self._blobd)
         self._policy = ImagePolicy.of(settings.mode, settings.policy)
+        self._trail = Trail()
         self._later = LaterImages(self._policy.only_verified)
         store = open_store(root)
         self._snapshotter = Snapshotter(root, store, self._later, settings.limits)
@@ -88,7 +91,9 @@ class Daemon:
         await self._snapshotter.start()
         await self._server.start(self._listener)
         pullpath = await asyncio.to_thread(importlib.import_module, "snapshotter.snapshots.pullpath")
-        async with pullpath.open_images(self._settings, self._policy, self._data_plane, self._mounter) as images:
+        async with pullpath.open_images(
+            self._settings, self._policy, self._data_plane, self._mounter, self._trail
+        ) as images:
             await self._discard_dead_mounts()
             self._later.images.set_result(images)
             self._control.start()
@@ -121,8 +126,13 @@ class Daemon:
         return {number for number in self._snapshotter.images() if str(self._snapshotter.mountpoint(number)) in points}
 
     async def _handle(self, message: control.Message, _: list[int]) -> control.Reply | AsyncIterator[control.Reply]:
+        bind_request(message.get("request"))
+        if message.get("op") == "ping":
+            return {}, ()
         if message.get("op") == "status":
             return self._status(), ()
+        if message.get("op") == "explain":
+            return self._explain(str(message.get("image", "")), str(message.get("container", ""))), ()
         if message.get("op") == "dump":
             return self._dump()
         return await self._operations.answer(message)
@@ -147,6 +157,20 @@ class Daemon:
             "images": images,
             "counters": {},
         }
+
+    def _explain(self, image: str, container: str) -> control.Message:
+        """The stories of an image (manifest digest, reference or attach id) or of a container's images; else names."""
+        kept = self._snapshotter.images_of(container) if container else self._snapshotter.images()
+        stories = self._trail.journal
+        known = dict.fromkeys([] if container else stories.images())
+        found = []
+        for manifest in known | dict.fromkeys(record.manifest for record in kept.values()):
+            ids = [number for number, record in kept.items() if record.manifest == manifest]
+            names = {kept[number].reference for number in ids} | set(stories.names(manifest))
+            if container or not image or image in {manifest, *names, *map(str, ids)}:
+                told = stories.tell(manifest) if image or container else {}
+                found.append({"manifest": manifest, "ids": ids, "references": sorted(names), **told})
+        return {"pid": os.getpid(), "now": journal.now(), "images": found}
 
     async def _dump(self) -> AsyncIterator[control.Reply]:
         """The listener on which clients reach this process: what a new keeper needs to adopt it."""

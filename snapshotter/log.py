@@ -2,13 +2,32 @@
 
 `structlog.get_logger(__name__)` anywhere; this module only decides how events look. Secrets never get here:
 `SecretBytes` prints its length and errors carry no key material.
+
+What is done for one call of containerd carries that call's id as `request`, in this process and in blobd.
 """
 
 import logging
+import re
 import sys
 from typing import Literal
 
 import structlog
+
+_ID = re.compile(r"[0-9A-Za-z._-]{1,64}")
+
+
+def bind_request(request: object) -> None:
+    """Give every event of the running task, and of what it starts, this id. What is no id takes away the last one."""
+    if isinstance(request, str) and _ID.fullmatch(request):
+        structlog.contextvars.bind_contextvars(request=request)
+    else:
+        structlog.contextvars.unbind_contextvars("request")
+
+
+def bound_request() -> str | None:
+    """The id that `bind_request` gave to the running task."""
+    request: str | None = structlog.contextvars.get_contextvars().get("request")
+    return request
 
 
 def configure(level: str = "info", style: Literal["json", "console"] = "json", *, process: str = "") -> None:
@@ -34,7 +53,7 @@ def configure(level: str = "info", style: Literal["json", "console"] = "json", *
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        wrapper_class=structlog.make_filtering_bound_logger(level),  # what is not logged costs nothing
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)

@@ -7,6 +7,7 @@ verifies them. All methods run on the event loop unless they say otherwise.
 """
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
@@ -15,10 +16,10 @@ from contextlib import aclosing
 import structlog
 
 from snapshotter.blobs.cache import ChunkCache
-from snapshotter.blobs.chunks import Chunk, ChunkTable, Counters
+from snapshotter.blobs.chunks import Chunk, ChunkTable, ImageCounters
 from snapshotter.blobs.source import RangeSource
 from snapshotter.config import Fetch
-from snapshotter.errors import IntegrityError, RegistryUnavailable
+from snapshotter.errors import IntegrityError, RegistryUnavailable, SnapshotterError
 from snapshotter.registry.reference import Reference
 
 log = structlog.get_logger(__name__)
@@ -32,12 +33,13 @@ class _Flight:
     """One range on its way: the chunks `first`…`last` of one blob, which land one after the other."""
 
     __slots__ = (
-        "_expected", "ahead", "asked", "ended", "first", "keeping", "landed", "last", "table", "waiters",
+        "_expected", "ahead", "asked", "ended", "first", "keeping", "landed", "last", "reads", "table", "waiters",
     )  # fmt: skip
 
     def __init__(self, table: ChunkTable, first: int, last: int, ahead: bool) -> None:
         self.table, self.first, self.last, self.ahead = table, first, last, ahead
         self.waiters = 0  # now
+        self.reads = 0  # that have waited for it
         self.keeping = False  # everything has landed and is being cached
         self.ended = asyncio.Event()
         self.asked: set[int] = set()  # chunks that somebody has waited for
@@ -89,7 +91,7 @@ class Fetcher:
         reference: Reference,
         cache: ChunkCache,
         config: Fetch,
-        counters: Counters,
+        counters: ImageCounters,
         executor: Executor,
     ) -> None:
         self._source = source
@@ -123,6 +125,7 @@ class Fetcher:
         flights = set(waits.values())
         for flight in flights:
             flight.waiters += 1
+            flight.reads += 1
         try:
             for index, future in zip(waits, expected, strict=True):
                 found[index] = await asyncio.shield(future)
@@ -241,7 +244,7 @@ class Fetcher:
             async with self._parallel:
                 if not flight.waiters and not flight.ahead:
                     raise RegistryUnavailable(f"blob {table.digest}: nobody waits for this any more")
-                async with aclosing(self._stream_chunks(table, chunks)) as stream:
+                async with aclosing(self._stream_chunks(table, chunks, flight)) as stream:
                     async for number, stored in stream:
                         flight.land(number, stored)
             flight.keeping = True
@@ -272,9 +275,40 @@ class Fetcher:
             total -= len(self._ahead.popitem(last=False)[1])
 
     async def _stream_chunks(
-        self, table: ChunkTable, chunks: Sequence[Chunk]
+        self, table: ChunkTable, chunks: Sequence[Chunk], flight: _Flight | None = None
     ) -> AsyncGenerator[tuple[int, memoryview], None]:
         """Adjacent chunks as they arrive. Raises IntegrityError for an answer of another length."""
+        begin, outcome = time.monotonic(), "cancelled"
+        try:
+            async with aclosing(self._pieces_of(table, chunks)) as stream:
+                async for number, stored in stream:
+                    outcome = "ok" if number == chunks[-1].number else outcome
+                    yield number, stored
+        except SnapshotterError as error:
+            outcome = error.reason
+            raise
+        finally:
+            self._tell(table, chunks, time.monotonic() - begin, outcome, flight)
+
+    def _tell(
+        self, table: ChunkTable, chunks: Sequence[Chunk], seconds: float, outcome: str, flight: _Flight | None
+    ) -> None:
+        self._counters.total.fetches.observe(seconds, outcome)
+        start = chunks[0].stored_offset
+        self._counters.note(
+            "range",
+            blob=table.digest.hex[:12],
+            offset=start,
+            length=chunks[-1].stored_offset + chunks[-1].stored_size - start,
+            seconds=round(seconds, 4),
+            outcome=outcome,
+            reads=flight.reads if flight else 1,
+            purpose="again" if flight is None else "ahead" if flight.ahead else "read",
+        )
+
+    async def _pieces_of(
+        self, table: ChunkTable, chunks: Sequence[Chunk]
+    ) -> AsyncGenerator[tuple[int, memoryview], None]:
         self._counters.add("requests")
         start = chunks[0].stored_offset
         length = chunks[-1].stored_offset + chunks[-1].stored_size - start

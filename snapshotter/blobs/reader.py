@@ -7,6 +7,7 @@ again from each host that may have it, and only then an error, which nothing rem
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -149,7 +150,7 @@ class ChunkReader:
             if stored is None:
                 return None
             try:
-                return _decode(table, chunk, stored)
+                return self._open(table, chunk, stored)
             except IntegrityError as error:
                 self._failed(table, chunk, error)
                 return None
@@ -178,7 +179,7 @@ class ChunkReader:
 
     async def _decode(self, table: ChunkTable, chunk: Chunk, stored: Buffer) -> bytes:
         plain = await self._run(
-            lambda: self._decoded.get((table.node, chunk.number), lambda: _decode(table, chunk, stored))
+            lambda: self._decoded.get((table.node, chunk.number), lambda: self._open(table, chunk, stored))
         )
         assert plain is not None
         return plain
@@ -186,9 +187,20 @@ class ChunkReader:
     async def _run(self, call: Callable[[], bytes | bool | None]) -> bytes:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)  # type: ignore[arg-type]
 
+    def _open(self, table: ChunkTable, chunk: Chunk, stored: Buffer) -> bytes:
+        begin = time.perf_counter()
+        plain = codec.decode(
+            stored, digest=chunk.digest, size=chunk.size, codec=chunk.codec, sealed_secret=chunk.secret,
+            digester=table.digester,
+        )  # fmt: skip
+        self._counters.decodes.observe(time.perf_counter() - begin)
+        return plain
+
     def _failed(self, table: ChunkTable, chunk: Chunk, error: IntegrityError) -> None:
         self._cache.drop(chunk.name)
-        self._counters.add("verify_failures")
+        self._counters.verify_failed(
+            table.node, blob=table.digest.hex[:12], offset=chunk.stored_offset, check=error.reason
+        )
         log.warning("chunk failed verification", blob=table.digest, chunk=chunk.name.hex(), check=error.reason)
 
 
@@ -239,10 +251,3 @@ def assemble(
 
 def _zeros(length: int) -> Sequence[Buffer]:
     return [_ZEROS[:length]] if length <= len(_ZEROS) else [bytes(length)]
-
-
-def _decode(table: ChunkTable, chunk: Chunk, stored: Buffer) -> bytes:
-    return codec.decode(
-        stored, digest=chunk.digest, size=chunk.size, codec=chunk.codec, sealed_secret=chunk.secret,
-        digester=table.digester,
-    )  # fmt: skip

@@ -3,6 +3,7 @@
 What speaks to key brokers is imported only where one is configured: clients wait for a worker that starts.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from snapshotter import config
@@ -11,25 +12,27 @@ from snapshotter.keys.provider import AnyOf, FileKeys, KeyProvider
 from snapshotter.keys.resource import Resources
 
 
-def provider(keys: config.Keys) -> KeyProvider:
-    """Key files first, then the providers of `ocicrypt_config`, then CDH, then the KBS.
+def provider(
+    keys: config.Keys, watch: Callable[[str, KeyProvider], KeyProvider] = lambda _name, provider: provider
+) -> KeyProvider:
+    """Key files first, then the providers of `ocicrypt_config`, then CDH, then the KBS; each goes through `watch`.
 
     Raises ConfigError naming the file or option that is wrong. Nobody is asked before a layer needs a key.
     """
-    providers: list[KeyProvider] = [FileKeys(keys.files)]
+    providers: list[KeyProvider] = [watch("files", FileKeys(keys.files))]
     if keys.ocicrypt_config:
         from snapshotter.keys.protocol import ProviderKeys
 
-        providers.append(ProviderKeys.load(Path(keys.ocicrypt_config)))
+        providers.append(watch("ocicrypt", ProviderKeys.load(Path(keys.ocicrypt_config))))
     if keys.cdh.address:
         from snapshotter.keys import cdh
 
-        providers.append(cdh.provider(keys.cdh, accept_a256ctr=keys.accept_a256ctr))
+        providers.append(watch("cdh", cdh.provider(keys.cdh, accept_a256ctr=keys.accept_a256ctr)))
     if keys.kbs.url:
         from snapshotter.keys import kbs
         from snapshotter.keys.packet import PacketKeys
 
-        providers.append(PacketKeys(kbs.client(keys.kbs), accept_a256ctr=keys.accept_a256ctr))
+        providers.append(watch("kbs", PacketKeys(kbs.client(keys.kbs), accept_a256ctr=keys.accept_a256ctr)))
     return providers[0] if len(providers) == 1 else AnyOf(providers)
 
 

@@ -24,16 +24,17 @@ import structlog
 
 from snapshotter import __version__, config, control
 from snapshotter.blobs.cache import ChunkCache
-from snapshotter.blobs.chunks import Counters
+from snapshotter.blobs.chunks import Counters, ImageCounters
 from snapshotter.blobs.fetcher import Fetcher
 from snapshotter.blobs.reader import ChunkReader, DecodedChunks
 from snapshotter.blobs.source import RangeSource, RegistryRanges
 from snapshotter.errors import FailedPrecondition, InvalidArgument, SnapshotterError
-from snapshotter.log import configure
+from snapshotter.log import bind_request, configure
 from snapshotter.ondemand.attachment import Attachment
 from snapshotter.ondemand.devices import Devices
 from snapshotter.ondemand.inflight import SessionMemory
 from snapshotter.ondemand.inventory import inventory
+from snapshotter.ondemand.reports import Reports
 from snapshotter.ondemand.session import Session
 from snapshotter.registry.reference import Reference
 
@@ -61,14 +62,15 @@ class Blobd:
         self._cache = ChunkCache(Path(settings.cache_dir) / "chunks", settings.cache.quota, self._counters)
         decoded = DecodedChunks(settings.fetch.decoded)
 
-        def make_fetcher(repository: str) -> Fetcher:
+        def make_fetcher(repository: str, counters: ImageCounters) -> Fetcher:
             reference = Reference.parse(repository)
-            return Fetcher(source, reference, self._cache, settings.fetch, self._counters, executor)
+            return Fetcher(source, reference, self._cache, settings.fetch, counters, executor)
 
         self._devices = Devices(
             ChunkReader(self._cache, decoded, self._counters, executor),
             make_fetcher,
             decoded.forget,
+            self._counters,
             loop,
             settings.registry.total_timeout_seconds,
         )
@@ -77,6 +79,7 @@ class Blobd:
             fds["fuse"], self._memory, self._devices, self._counters, loop,
             threads=max(2, cpus), ended=self.ended.set,
         )  # fmt: skip
+        self._reports = Reports(self._counters, self._session, self._memory, self._cache, settings.cache.quota)
         self._server = control.AsyncServer(socket.socket(fileno=os.dup(fds["listen-blobd"])), self._handle)
 
     def start(self) -> None:
@@ -97,8 +100,15 @@ class Blobd:
 
     async def _handle(self, message: control.Message, fds: list[int]) -> control.Reply | AsyncIterator[control.Reply]:
         op = message.get("op")
+        bind_request(message.get("request"))
+        if op == "ping":
+            return {}, ()
         if op == "status":
             return self._status(), ()
+        if op == "metrics":
+            return self._reports.metrics(), ()
+        if op == "explain":
+            return self._reports.explain(str(message.get("image", ""))), ()
         if op == "dump":
             return self._dump()
         if op == "cached":

@@ -6,6 +6,7 @@ from typing import Any
 
 from snapshotter import control
 from snapshotter.errors import FailedPrecondition, IntegrityError, InvalidArgument, SnapshotterError, Unavailable
+from snapshotter.log import bound_request
 
 _PAUSE_SECONDS = 0.05
 _ERRORS: dict[str, type[SnapshotterError]] = {
@@ -46,6 +47,8 @@ class BlobdClient:
         """All requests are idempotent, so one whose answer was lost is simply sent again."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience
+        if request := bound_request():
+            message = message | {"request": request}
         while True:
             try:
                 answer, received = await asyncio.to_thread(control.request, self._path, message, fds, self._timeout)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from snapshotter.blobs.chunks import Counters, ImageCounters
 from snapshotter.blobs.fetcher import Fetcher
 from snapshotter.blobs.reader import Buffer, ChunkReader
 from snapshotter.errors import IntegrityError, RegistryUnavailable
@@ -20,8 +21,9 @@ _NAME = re.compile(rb"([1-9][0-9]{0,12})-(0|[1-9][0-9]{0,2})")
 class BootstrapDevice:
     """The EROFS metadata image, from memory."""
 
-    def __init__(self, node: int, content: memoryview) -> None:
+    def __init__(self, node: int, content: memoryview, counters: ImageCounters) -> None:
         self.node = node
+        self.counters = counters
         self.size = len(content)
         self._content = content
 
@@ -36,9 +38,16 @@ class BlobDevice:
     """The decoded content of one data blob at the offsets its bootstrap gives it."""
 
     def __init__(
-        self, table: BlobTable, reader: ChunkReader, fetcher: Fetcher, loop: asyncio.AbstractEventLoop, patience: float
+        self,
+        table: BlobTable,
+        reader: ChunkReader,
+        fetcher: Fetcher,
+        counters: ImageCounters,
+        loop: asyncio.AbstractEventLoop,
+        patience: float,
     ) -> None:
         self.node = table.node
+        self.counters = counters
         self.size = table.device_bytes
         self._table = table
         self._reader = reader
@@ -60,7 +69,9 @@ class BlobDevice:
             async with asyncio.timeout(self._patience):
                 return await self._reader.read(self._table, self._fetcher, offset, length)
         except TimeoutError:
-            raise RegistryUnavailable(f"blob {self._table.digest}: not fetched within {self._patience:g} s") from None
+            raise RegistryUnavailable(
+                f"blob {self._table.digest}: not fetched within {self._patience:g} s", reason="timeout"
+            ) from None
 
 
 Device = BootstrapDevice | BlobDevice
@@ -80,15 +91,17 @@ class Devices:
     def __init__(
         self,
         reader: ChunkReader,
-        make_fetcher: Callable[[str], Fetcher],
+        make_fetcher: Callable[[str, ImageCounters], Fetcher],
         forget: Callable[[int], None],
+        counters: Counters,
         loop: asyncio.AbstractEventLoop,
         patience: float,
     ) -> None:
-        """`make_fetcher(repository)`; `forget(node)` drops what is decoded of a blob; `patience` seconds per read."""
+        """`forget(node)` drops what is decoded of a blob; `patience` seconds per read."""
         self._reader = reader
         self._make_fetcher = make_fetcher
         self._forget = forget
+        self._counters = counters
         self._loop = loop
         self._patience = patience
         self._images: dict[int, Image] = {}
@@ -102,9 +115,13 @@ class Devices:
                 raise IntegrityError(f"image id {attachment.image_id} is taken by another image", reason="internal")
             attachment.close()
             return
-        fetcher = self._make_fetcher(attachment.repository)
-        devices: list[Device] = [BootstrapDevice(attachment.node(0), attachment.bootstrap)]
-        devices += [BlobDevice(blob, self._reader, fetcher, self._loop, self._patience) for blob in attachment.blobs]
+        counters = self._counters.of_image(attachment.image_id, str(attachment.manifest))
+        fetcher = self._make_fetcher(attachment.repository, counters)
+        devices: list[Device] = [BootstrapDevice(attachment.node(0), attachment.bootstrap, counters)]
+        devices += [
+            BlobDevice(blob, self._reader, fetcher, counters, self._loop, self._patience) for blob in attachment.blobs
+        ]
+        counters.note("attached", id=attachment.image_id, devices=len(devices))
         self._nodes.update((device.node, device) for device in devices)
         self._images[attachment.image_id] = Image(attachment, fetcher, tuple(devices))
 
@@ -123,6 +140,8 @@ class Devices:
             await image.fetcher.close()
             for device in image.devices:
                 self._forget(device.node)
+            counters = self._counters.forget_image(image_id)
+            counters.note("detached", id=image_id, **counters.snapshot())
             image.attachment.close()
 
     def find(self, node: int) -> Device | None:

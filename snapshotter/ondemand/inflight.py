@@ -93,6 +93,11 @@ class SessionMemory:
             if self._unique(slot):
                 yield slot, self.buffer(slot)
 
+    def in_flight(self) -> int:
+        """Requests that were taken and are not answered."""
+        words = self._view[_HEADER_BYTES:_OPENS_OFFSET].cast("Q")
+        return sum(map(bool, words[_UNIQUE_OFFSET // 8 :: _SLOT_BYTES // 8].tolist()))
+
     def forget_left_over(self) -> None:
         """The kernel hands all of them out again."""
         for slot, _ in self.left_over():

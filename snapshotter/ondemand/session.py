@@ -10,6 +10,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -27,6 +28,7 @@ log = structlog.get_logger(__name__)
 
 _SPILL_BYTES = 64 << 10  # of a request behind what its slot holds; nothing there is of interest
 _NO_REPLY = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
+_OPERATIONS = frozenset(Opcode)
 _EMPTY_OK = frozenset({Opcode.FLUSH, Opcode.ACCESS, Opcode.READDIR, Opcode.RELEASEDIR, Opcode.DESTROY})
 
 
@@ -60,7 +62,7 @@ class Session:
         self._loop = loop
         self._threads = threads
         self._ended = ended
-        self._parked: set[asyncio.Task[None]] = set()
+        self._parked: dict[asyncio.Task[None], float] = {}  # since when, on the monotonic clock
 
     def start(self) -> None:
         """Take over from a worker that died, then serve. On the loop, and before any image is mounted anew."""
@@ -72,6 +74,10 @@ class Session:
     def parked(self) -> int:
         """Reads that wait for a registry."""
         return len(self._parked)
+
+    def oldest_seconds(self) -> float:
+        """How long the read that waits longest has waited; 0 if none waits."""
+        return time.monotonic() - min(self._parked.values()) if self._parked else 0.0
 
     def _take_over(self) -> None:
         """See to the requests that the worker before us took and did not answer."""
@@ -121,46 +127,49 @@ class Session:
             else:
                 self._reply(request, slot, [body])
         except _Refused as error:
+            self._counters.failed(_operation(request), error.number)
             self._answer(slot, [wire.reply(request.unique, 0, error.number)])
         except SnapshotterError as error:
-            self._refuse(request, slot, str(error))
+            self._refuse(request, slot, str(error), error.reason)
         except Exception:  # the kernel must get an answer, whatever happened
             log.exception("FUSE request failed", opcode=request.opcode)
-            self._refuse(request, slot, "internal error")
+            self._refuse(request, slot, "internal error", "internal")
 
     def _read(self, request: Request, slot: int | None) -> None:
         offset, length = wire.read_in(request.body)
-        self._counters.add("reads")
         device = self._devices.find(request.node)
         if device is None:
-            self._refuse(request, slot, "no such image is attached")
+            self._counters.add("reads")
+            self._refuse(request, slot, "no such image is attached", "not-attached")
             return
         pieces = device.cached(offset, length)
+        device.counters.read(hit=pieces is not None)
         if pieces is not None:
-            self._counters.add("hits")
             self._reply(request, slot, pieces)
         else:
-            self._counters.add("misses")
             self._loop.call_soon_threadsafe(self._park, request, slot, device)
 
     def _park(self, request: Request, slot: int | None, device: Device) -> None:
         task = self._loop.create_task(self._wait(request, slot, device))
-        self._parked.add(task)
-        task.add_done_callback(self._parked.discard)
+        self._parked[task] = time.monotonic()
+        task.add_done_callback(self._parked.pop)
 
     async def _wait(self, request: Request, slot: int | None, device: Device) -> None:
         offset, length = wire.read_in(request.body)
+        begin = time.monotonic()
         try:
             pieces = await device.read(offset, length)
         except SnapshotterError as error:
-            self._refuse(request, slot, str(error))
+            self._refuse(request, slot, str(error), error.reason)
         except asyncio.CancelledError:
-            self._refuse(request, slot, "the image was detached")
+            self._refuse(request, slot, "the image was detached", "detached")
         except Exception:
             log.exception("FUSE read failed", node=request.node)
-            self._refuse(request, slot, "internal error")
+            self._refuse(request, slot, "internal error", "internal")
         else:
             self._reply(request, slot, pieces)
+        finally:
+            device.counters.waited(time.monotonic() - begin, device.node & 0xFF, offset, length)
 
     def _control(self, request: Request) -> bytes | None:
         """Body of the reply to anything but a READ; None if there is none. Raises SnapshotterError."""
@@ -210,9 +219,9 @@ class Session:
         log.info("FUSE session initialised", flags=f"{flags:#x}", resend=bool(flags & wire.HAS_RESEND))
         return body
 
-    def _refuse(self, request: Request, slot: int | None, why: str) -> None:
+    def _refuse(self, request: Request, slot: int | None, why: str, reason: str) -> None:
         """Answer EIO: whatever the cause, the reader's bytes are not there."""
-        self._counters.add("eio")
+        self._counters.failed(_operation(request), errno.EIO, reason)
         log.warning("read failed", node=request.node, opcode=request.opcode, error=why)
         self._answer(slot, [wire.reply(request.unique, 0, errno.EIO)])
 
@@ -233,3 +242,8 @@ class Session:
         if slot is not None:
             self._memory.clear(slot)
             self._memory.give_back(slot)
+
+
+def _operation(request: Request) -> str:
+    """Its name, in metrics."""
+    return Opcode(request.opcode).name.lower() if request.opcode in _OPERATIONS else "other"

@@ -22,6 +22,7 @@ from snapshotter.image.claim import LayerClaim
 from snapshotter.image.documents import DocumentCache
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import LazyImage, OrdinaryImage, Resolver
+from snapshotter.monitor.trail import Trail
 from snapshotter.ondemand import attachment
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
 
@@ -88,6 +89,7 @@ class Images:
         policy: ImagePolicy,
         attachments: Attachments,
         mounter: Mounter,
+        trail: Trail | None = None,
     ) -> None:
         self._documents = documents
         self._resolver = resolver
@@ -95,6 +97,7 @@ class Images:
         self._policy = policy
         self._attachments = attachments
         self._mounter = mounter
+        self._trail = trail or Trail()
         # By reference and manifest; without the latter for hints, whose reference names the content.
         self._verdicts: OrderedDict[tuple[str, str | None], Verdict | OrdinaryImage] = OrderedDict()
         self._loaded: OrderedDict[tuple[str, str], LoadedImage] = OrderedDict()
@@ -141,28 +144,43 @@ class Images:
             if known is not None:
                 self._verdicts.move_to_end(key)
                 return known
-            image = await self._resolver.resolve(claim)
-            verdict: Verdict | OrdinaryImage
-            if isinstance(image, LazyImage):
-                loaded = await self._loader.load(image)
-                await self._documents.keep(image.documents)
-                verdict = Verdict(loaded)
-                _remember(self._loaded, (str(image.reference), image.manifest_digest), loaded, LOADED)
-            else:
-                verdict = image
+            with self._trail.about(claim.manifest or claim.image, claim.image):
+                image = await self._resolve(claim)
+                verdict: Verdict | OrdinaryImage
+                if isinstance(image, LazyImage):
+                    loaded = await self._load(image)
+                    await self._documents.keep(image.documents)
+                    verdict = Verdict(loaded)
+                    _remember(self._loaded, (str(image.reference), image.manifest_digest), loaded, LOADED)
+                else:
+                    verdict = image
+            self._trail.pulls.add("ordinary" if isinstance(image, OrdinaryImage) else _kind(loaded))
             log.info("image admitted", image=claim.image, manifest=image.manifest_digest, rule=image.admission.rule)
             _remember(self._verdicts, key, verdict, VERDICTS)
             return verdict
+
+    async def _resolve(self, claim: LayerClaim) -> LazyImage | OrdinaryImage:
+        with self._trail.timed("resolve", reference=claim.image):
+            return await self._resolver.resolve(claim)
+
+    async def _load(self, image: LazyImage) -> LoadedImage:
+        with self._trail.timed("load") as told:
+            loaded = await self._loader.load(image)
+            told |= {"kind": _kind(loaded), "blobs": len(loaded.devices), "bootstrap": len(loaded.bootstrap)}
+            return loaded
 
     async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
         """Idempotent: attach the image if the data plane does not hold it, then mount its EROFS at `target`."""
         async with self._lock(attach_id):
             if self._mounter.is_mounted(target):
                 return
-            devices = await self._attachments.attached(attach_id)
-            if devices is None:
-                devices = await self._attach(attach_id, record)
-            await self._mounter.mount(attach_id, devices, target)
+            with self._trail.about(record.manifest, record.reference):
+                devices = await self._attachments.attached(attach_id)
+                if devices is None:
+                    with self._trail.timed("attach", id=attach_id):
+                        devices = await self._attach(attach_id, record)
+                with self._trail.timed("mount", id=attach_id):
+                    await self._mounter.mount(attach_id, devices, target)
             log.info("image mounted", image=record.reference, bootstrap=record.bootstrap, attach_id=attach_id)
 
     async def _attach(self, attach_id: int, record: ImageRecord) -> int:
@@ -188,10 +206,10 @@ class Images:
         claim = LayerClaim(
             record.reference, Digest.parse(record.manifest), Digest.parse(record.bootstrap), record.chain_id, ""
         )
-        image = await self._resolver.resolve(claim)
+        image = await self._resolve(claim)
         if not isinstance(image, LazyImage) or image.bootstrap.digest != record.bootstrap:
             raise IntegrityError(f"image {record.reference}: is not the image that was pulled", reason="chain-mismatch")
-        loaded = await self._loader.load(image)
+        loaded = await self._load(image)
         if loaded.chain[-1] != record.chain_id:
             raise _chain_mismatch(claim, image)
         return loaded
@@ -205,6 +223,10 @@ class Images:
 
     def _lock(self, key: object) -> asyncio.Lock:
         return self._locks.setdefault(key, asyncio.Lock())
+
+
+def _kind(loaded: LoadedImage) -> str:
+    return "sealed" if loaded.sealed else "plain"
 
 
 def _lazy(snapshot_labels: Mapping[str, str]) -> bool:

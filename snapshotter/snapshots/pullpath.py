@@ -10,19 +10,22 @@ from snapshotter.image.documents import DocumentCache
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
 from snapshotter.keys import configured
+from snapshotter.monitor.trail import Trail
 from snapshotter.registry.client import RegistryClient
 from snapshotter.snapshots.images import Attachments, Images, Mounter
+from snapshotter.snapshots.watched import WatchedKeys, WatchedSource
 
 
 @contextlib.asynccontextmanager
 async def open_images(
-    settings: Config, policy: ImagePolicy, attachments: Attachments, mounter: Mounter
+    settings: Config, policy: ImagePolicy, attachments: Attachments, mounter: Mounter, trail: Trail
 ) -> AsyncIterator[Images]:
     """The images of this node, with connections to registries and key brokers. Raises ConfigError."""
-    provider = configured.provider(settings.keys)
+    provider = configured.provider(settings.keys, lambda name, keys: WatchedKeys(name, keys, trail))
     async with RegistryClient(settings.registry, settings.limits) as registry:
         cache, limits = Path(settings.cache_dir), settings.limits
-        documents = DocumentCache(registry, cache / "documents", limits)
-        loader = Loader(registry, provider, cache, limits, must_be_sealed=policy.must_be_sealed)
+        source = WatchedSource(registry, trail)
+        documents = DocumentCache(source, cache / "documents", limits)
+        loader = Loader(source, provider, cache, limits, must_be_sealed=policy.must_be_sealed)
         resolver = Resolver(documents, policy, limits)
-        yield Images(documents, resolver, loader, policy, attachments, mounter)
+        yield Images(documents, resolver, loader, policy, attachments, mounter, trail)

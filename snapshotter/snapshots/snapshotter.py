@@ -219,6 +219,11 @@ class Snapshotter:
         """All lazy images by attach id."""
         return self._store.images()
 
+    def images_of(self, container: str) -> Mapping[int, ImageRecord]:
+        """Lazy images by attach id that a container's snapshot lies on. `container`: its id or its snapshot's key."""
+        layers = [layer for number in self._store.named(container) for layer in self._store.chain(number)]
+        return {layer.id: layer.image for layer in layers if layer.image is not None}
+
     def mountpoint(self, attach_id: int) -> Path:
         """Where the image is mounted while it is."""
         return self._directories.mountpoint(attach_id)

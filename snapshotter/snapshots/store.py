@@ -277,6 +277,11 @@ class Store:
         found = self._db.execute(query, (plugin, ref, parent_id or 0)).fetchone()
         return found and found[0]  # type: ignore[no-any-return]
 
+    def named(self, key: str) -> list[int]:
+        """Snapshots of this key, also below the namespace and number that containerd puts in front of it."""
+        query = "SELECT id FROM snapshot WHERE name = ? OR substr(name, -length(?)) = ?"
+        return [number for (number,) in self._db.execute(query, (key, f"/{key}", f"/{key}"))]
+
     def images(self) -> dict[int, ImageRecord]:
         return {number: _decode(record) for number, record in self._db.execute("SELECT id, record FROM image")}
 

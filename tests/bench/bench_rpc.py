@@ -97,7 +97,7 @@ def measure(address: Path, inner: Path, calls: int) -> list[Row]:
 
 def rows(calls: int = CALLS) -> list[Row]:
     with Work("bench-rpc") as work:
-        served = Serve(work)
+        served = Serve(work, settings={"log": {"level": "info"}})
         return [sync(served.root, calls), *measure(served.address, served.root / "grpc.sock", calls)]
 
 

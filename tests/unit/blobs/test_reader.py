@@ -76,8 +76,9 @@ class Rig:
         self.executor = ThreadPoolExecutor(2)
         self.decoded = DecodedChunks(fetch.pop("decoded", 0))
         self.source = Source(image.blobs)
+        counters = self.counters.of_image(1, str(self.attachment.manifest))
         settings = Fetch(window=Size(fetch.pop("window", 1 << 20)), **fetch)
-        self.fetcher = Fetcher(self.source, REPOSITORY, self.cache, settings, self.counters, self.executor)
+        self.fetcher = Fetcher(self.source, REPOSITORY, self.cache, settings, counters, self.executor)
         self.reader = ChunkReader(self.cache, self.decoded, self.counters, self.executor)
         self.stored = image.blobs[self.table.digest]
         self.plain = self.device()

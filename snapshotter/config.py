@@ -69,11 +69,26 @@ class Keys(Section, frozen=True):
     cdh: Cdh = Cdh()
 
 
+class RepositoryRule(Section, frozen=True):
+    """What images of one host, namespace or repository must be; of several that fit, the longest name counts."""
+
+    name: str = ""
+    sealed: bool = False
+    authentic: bool = False  # as in mode confidential
+    ciphers: tuple[str, ...] = ()  # how layer keys may be wrapped: "A256GCM", "ECDH-ES+A256KW", "RSA-OAEP", "PKCS7", …
+    recipients: tuple[str, ...] = ()  # kbs:///…: KEKs that the layer key must be wrapped for, all of them
+    secret_kek: bool = False  # opened under one of `recipients` only, which makes the image authentic
+
+
 class Policy(Section, frozen=True):
     """Which images may run. In mode confidential an image must be authentic whatever this says."""
 
     require: Literal["any", "sealed", "pinned"] = "any"
     pins: tuple[str, ...] = ()  # host/repo@sha256:…
+    file: str = ""  # containers-policy.json: a path, or kbs:///…; "" = none
+    lookaside: str = ""  # where simple signatures are: file:///… or https://…
+    initdata: str = ""  # path of a measured initdata TOML with more of this section; "" = none
+    repositories: tuple[RepositoryRule, ...] = ()
 
 
 class Registry(Section, frozen=True):

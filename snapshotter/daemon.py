@@ -22,7 +22,7 @@ import structlog
 
 from snapshotter import __version__, config, control
 from snapshotter.errors import SnapshotterError
-from snapshotter.image.policy import ImagePolicy
+from snapshotter.image.initdata import with_initdata
 from snapshotter.log import bind_request, configure
 from snapshotter.monitor import journal
 from snapshotter.monitor.trail import Trail
@@ -74,9 +74,8 @@ class Daemon:
         self._mounter = ErofsMounter(held["fuse-root"], settings.erofs)
         self._blobd = BlobdClient(root / "blobd.sock")
         self._data_plane = DataPlane(root / "keeper.sock", self._blobd)
-        self._policy = ImagePolicy.of(settings.mode, settings.policy)
         self._trail = Trail()
-        self._later = LaterImages(self._policy.only_verified)
+        self._later = LaterImages(only_verified=settings.mode == "confidential")
         store = open_store(root)
         self._snapshotter = Snapshotter(root, store, self._later, settings.limits)
         self._operations = Operations(
@@ -91,9 +90,7 @@ class Daemon:
         await self._snapshotter.start()
         await self._server.start(self._listener)
         pullpath = await asyncio.to_thread(importlib.import_module, "snapshotter.snapshots.pullpath")
-        async with pullpath.open_images(
-            self._settings, self._policy, self._data_plane, self._mounter, self._trail
-        ) as images:
+        async with pullpath.open_images(self._settings, self._data_plane, self._mounter, self._trail) as images:
             await self._discard_dead_mounts()
             self._later.images.set_result(images)
             self._control.start()
@@ -208,6 +205,7 @@ def main(arguments: list[str]) -> int:
         settings = config.load(
             Path(flags.config) if flags.config else None, root=flags.root, cache_dir=flags.cache, address=flags.address
         )
+        settings = with_initdata(settings)
         configure(settings.log.level, settings.log.format, process="snapshotd")
         control.take_lock(Path(settings.root) / "snapshotd.lock", LOCK_SECONDS)
         return asyncio.run(serve(settings))

@@ -70,9 +70,8 @@ class Loader:
         """Raises IntegrityError (and below it DigestMismatch, …), KeyDenied, LimitExceeded, PolicyDenied."""
         layer, from_cache = await self._layer(image.source, image.bootstrap)
         if image.encrypted:
-            plain: bytes | bytearray = await ocicrypt.decrypt_layer(
-                layer, image.bootstrap.annotations, self._provider, self._limits
-            )
+            annotations = image.admission.usable(image.bootstrap.annotations, self._limits)
+            plain: bytes | bytearray = await ocicrypt.decrypt_layer(layer, annotations, self._provider, self._limits)
         else:
             plain = layer
         opened = await asyncio.to_thread(open_layer, image, plain, self._limits)

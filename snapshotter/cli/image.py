@@ -90,6 +90,14 @@ def _register_convert(commands: "Commands") -> None:
     )
     add("--trace", type=Path, metavar="FILE", help="paths in order of first use, one a line: they are stored in front")
     add("--repository", metavar="HOST/REPO", default="", help="where the image will be pulled from, if not DST")
+    add(
+        "--sign-key",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="PRIV.pem",
+        help="sign the result with this private key, as cosign does; may be repeated",
+    )
     _common(convert)
     convert.set_defaults(run=run_convert)
 
@@ -196,16 +204,23 @@ def _platform() -> str:
 
 async def _convert(arguments: argparse.Namespace, config: "Config", options: "Options") -> None:
     from snapshotter.build.convert import Converter
+    from snapshotter.build.sign import load_signing_key, sign
     from snapshotter.cli.progress import Progress
     from snapshotter.registry.transport import open_location, parse_location
 
     source, target = parse_location(arguments.source), parse_location(arguments.target)
+    keys = [load_signing_key(path) for path in arguments.sign_key]
+    name = options.repository or target.reference.name
+    if keys and not name:
+        raise InvalidArgument("--sign-key: a signature names the image; give --repository HOST/REPO")
     progress = Progress()
     if options.domain == "public" and not options.plain:
         progress.note("domain public: everybody who has a file can tell that this image contains it")
     async with open_location(source, config) as reading, open_location(target, config) as writing:
         converter = Converter(reading, source.reference, writing, target.reference, options, config.limits, progress)
         summary = await converter.run()
+        if keys:
+            await sign(writing, target.reference, summary.manifest, name, keys, config.limits)
     progress.note(_summary(summary))
     print(f"{arguments.target.rpartition('@sha256:')[0] or arguments.target}@{summary.manifest}")
 

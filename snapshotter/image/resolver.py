@@ -14,7 +14,8 @@ from snapshotter.digest import Digest
 from snapshotter.errors import FailedPrecondition, IntegrityError, MalformedImage, NotFound, PolicyDenied
 from snapshotter.image.claim import SEND_LABELS, LayerClaim
 from snapshotter.image.manifest import Descriptor, Manifest, chain_ids, fetch_image, image_digests
-from snapshotter.image.policy import Admission, ImagePolicy
+from snapshotter.image.origin import Origin
+from snapshotter.image.policy import Admission
 from snapshotter.registry.reference import Reference
 from snapshotter.registry.transport import ImageSource
 
@@ -64,9 +65,10 @@ class OrdinaryImage:
 class Resolver:
     """Fetches manifests and configs, and admits them."""
 
-    def __init__(self, source: ImageSource, policy: ImagePolicy, limits: Limits) -> None:
+    def __init__(self, source: ImageSource, origin: Origin, limits: Limits) -> None:
         self._source = source
-        self._policy = policy
+        self._origin = origin
+        self._policy = origin.policy
         self._limits = limits
 
     async def resolve(self, claim: LayerClaim) -> LazyImage | OrdinaryImage:
@@ -83,9 +85,7 @@ class Resolver:
                     f"image {reference}: its index does not list manifest {manifest}", reason="digest-mismatch"
                 )
             digests.insert(0, reference.digest)
-        elif self._policy.needs_index(reference, manifest):
-            digests = await self._through_index(reference, manifest)
-        admission = self._policy.admit(reference, digests)
+        digests, admission = await self._admit(reference, digests)
         resolved = await fetch_image(self._source, source, None, self._limits)
         image = plan(reference, source, resolved.manifest, resolved.manifest_digest, resolved.config, admission)
         if claim.bootstrap is not None and (
@@ -98,7 +98,24 @@ class Resolver:
             self._policy.require_sealed(reference, False, "it has no bootstrap layer")
             return image
         self._policy.require_sealed(reference, image.encrypted, "its bootstrap layer is not encrypted")
-        return replace(image, documents=(*digests, resolved.manifest.config.digest))
+        admission = self._policy.check_wrapping(reference, admission, image.bootstrap.annotations, self._limits)
+        return replace(image, admission=admission, documents=(*digests, resolved.manifest.config.digest))
+
+    async def keep(self, admission: Admission) -> None:
+        """Remember what an image that passed every step was admitted by."""
+        await self._origin.keep(admission)
+
+    async def _admit(self, reference: Reference, digests: list[Digest]) -> tuple[list[Digest], Admission]:
+        """With the digests that counted. An index that a tag leads to may be what is pinned or signed."""
+        try:
+            return digests, await self._origin.admit(reference, digests)
+        except PolicyDenied:
+            if not self._origin.index_counts(reference):
+                raise
+            through = await self._through_index(reference, digests[-1])
+            if through == digests:
+                raise
+            return through, await self._origin.admit(reference, through)
 
     async def _hinted(self, reference: Reference, chain_id: str) -> Digest:
         """The manifest under the tag that hints lead to."""

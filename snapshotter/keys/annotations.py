@@ -49,5 +49,10 @@ def schemes(annotations: Mapping[str, str]) -> list[str]:
 
 def build(public: LayerPublic, wrapped: Mapping[str, Sequence[bytes]]) -> dict[str, str]:
     """Annotations from public options and, by annotation name, the packets."""
-    keys = {name: ",".join(encoding.b64_encode(packet) for packet in parts) for name, parts in wrapped.items()}
+    keys = {name: join(parts) for name, parts in wrapped.items()}
     return keys | {labels.ENC_PUBOPTS: encoding.b64_encode(public.pack())}
+
+
+def join(parts: Sequence[bytes]) -> str:
+    """Value of a `keys.*` annotation."""
+    return ",".join(encoding.b64_encode(packet) for packet in parts)

@@ -49,6 +49,11 @@ def resources(keys: config.Keys) -> Resources:
     raise ConfigError("config: a kbs:/// resource needs keys.kbs.url or keys.cdh.address")
 
 
+def has_broker(keys: config.Keys) -> bool:
+    """Whether `resources` has anybody to ask."""
+    return bool(keys.cdh.address or keys.kbs.url)
+
+
 def any_configured(keys: config.Keys) -> bool:
     """Whether there is anybody at all who could open a layer."""
     return bool(keys.files or keys.ocicrypt_config or keys.cdh.address or keys.kbs.url)

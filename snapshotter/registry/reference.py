@@ -62,6 +62,11 @@ class Reference:
         return name + (f":{self.tag}" if self.tag else "") + (f"@{self.digest}" if self.digest else "")
 
     @property
+    def name(self) -> str:
+        """`host/repository`; "" for an image in a layout directory, which has no name elsewhere."""
+        return f"{self.host}/{self.repository}" if self.host else ""
+
+    @property
     def target(self) -> str:
         """What to ask a registry for: the digest if there is one, else the tag, else `latest`."""
         return self.digest or self.tag or "latest"

@@ -150,6 +150,7 @@ class Images:
                 if isinstance(image, LazyImage):
                     loaded = await self._load(image)
                     await self._documents.keep(image.documents)
+                    await self._resolver.keep(image.admission)
                     verdict = Verdict(loaded)
                     _remember(self._loaded, (str(image.reference), image.manifest_digest), loaded, LOADED)
                 else:

@@ -7,8 +7,10 @@ from pathlib import Path
 from snapshotter.bootstrap.loader import Loader
 from snapshotter.config import Config
 from snapshotter.image.documents import DocumentCache
+from snapshotter.image.origin import ConfiguredTrust, Origin
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
+from snapshotter.image.sigstore import CosignSignatures, KeptSignatures, Lookaside, SignatureSource
 from snapshotter.keys import configured
 from snapshotter.monitor.trail import Trail
 from snapshotter.registry.client import RegistryClient
@@ -18,14 +20,27 @@ from snapshotter.snapshots.watched import WatchedKeys, WatchedSource
 
 @contextlib.asynccontextmanager
 async def open_images(
-    settings: Config, policy: ImagePolicy, attachments: Attachments, mounter: Mounter, trail: Trail
+    settings: Config, attachments: Attachments, mounter: Mounter, trail: Trail
 ) -> AsyncIterator[Images]:
     """The images of this node, with connections to registries and key brokers. Raises ConfigError."""
+    policy = ImagePolicy.of(settings.mode, settings.policy)
     provider = configured.provider(settings.keys, lambda name, keys: WatchedKeys(name, keys, trail))
     async with RegistryClient(settings.registry, settings.limits) as registry:
         cache, limits = Path(settings.cache_dir), settings.limits
         source = WatchedSource(registry, trail)
         documents = DocumentCache(source, cache / "documents", limits)
         loader = Loader(source, provider, cache, limits, must_be_sealed=policy.must_be_sealed)
-        resolver = Resolver(documents, policy, limits)
+        resolver = Resolver(documents, origin(settings, policy, documents), limits)
         yield Images(documents, resolver, loader, policy, attachments, mounter, trail)
+
+
+def origin(settings: Config, policy: ImagePolicy, documents: DocumentCache) -> Origin:
+    """Who judges images: `policy`, and signatures where a trust policy is configured. Raises ConfigError."""
+    wanted, limits = settings.policy, settings.limits
+    if not wanted.file:
+        return Origin(policy, limits)
+    resources = configured.resources(settings.keys) if configured.has_broker(settings.keys) else None
+    sources: list[SignatureSource] = [CosignSignatures(documents, limits)]
+    sources += [Lookaside(wanted.lookaside)] if wanted.lookaside else []
+    kept = KeptSignatures(Path(settings.cache_dir) / "documents")
+    return Origin(policy, limits, ConfiguredTrust(wanted.file, resources), sources, kept)

@@ -61,5 +61,6 @@ CLIENTS = {
         Client("nerdctl", "tests/clients/nerdctl", ("nerdctl",)),
         Client("conformance-2.4", "tests/conformance/go/v2", ("conformance",), tests=True),
         Client("conformance-1.7", "tests/conformance/go/v17", ("conformance",), tests=True),
+        Client("cosign", "tests/clients/cosign", ("cosign",)),
     )
 }

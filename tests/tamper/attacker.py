@@ -3,7 +3,7 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,19 @@ import pytest
 
 from snapshotter import labels
 from snapshotter.bootstrap.loader import Loader
-from snapshotter.config import Limits, Policy
+from snapshotter.config import Config, Limits, Policy
+from snapshotter.crypto.secret import SecretBytes
 from snapshotter.digest import Digest
-from snapshotter.errors import SnapshotterError
+from snapshotter.errors import KeyDenied, SnapshotterError
 from snapshotter.image.documents import DocumentCache
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
-from snapshotter.keys.provider import FileKeys
+from snapshotter.keys.packet import PacketKeys
+from snapshotter.keys.provider import AnyOf, FileKeys, KeyProvider
+from snapshotter.keys.resource import ResourceUri
 from snapshotter.registry.layout import OciLayout
 from snapshotter.snapshots.images import Images
+from snapshotter.snapshots.pullpath import origin
 from snapshotter.snapshots.remote import LayerRequest, LayerVerdict
 
 REPOSITORY = "registry.example/team/app"
@@ -120,22 +124,38 @@ class Registry:
         return Digest(self.put(json.dumps(manifest).encode())["digest"])
 
 
+class Broker:
+    """Hands out what it has; a real one asks for evidence first, which is tested elsewhere."""
+
+    def __init__(self, resources: Mapping[str, bytes]) -> None:
+        self._resources = resources
+
+    async def get(self, uri: ResourceUri) -> SecretBytes:
+        if str(uri) not in self._resources:
+            raise KeyDenied(f"{uri}: not here")
+        return SecretBytes(self._resources[str(uri)])
+
+
 class Node:
     """A node that pulls: real rooms over an attacker's registry."""
 
     def __init__(
         self, registry: Registry, key: Path | None, tmp: Path, mode: str = "open", require: str = "any", *pins: str,
-        limits: Limits | None = None,
+        limits: Limits | None = None, rules: Policy | None = None, resources: Mapping[str, bytes] | None = None,
     ) -> None:  # fmt: skip
         limits = limits or Limits()
-        policy = ImagePolicy.of(mode, Policy(require=require, pins=pins))  # type: ignore[arg-type]
+        wanted = rules or Policy(require=require, pins=pins)  # type: ignore[arg-type]
+        policy = ImagePolicy.of(mode, wanted)  # type: ignore[arg-type]
         source = OciLayout(registry.path, limits)
         self.cache = tmp / "cache"
         self.plane = NoDataPlane()
-        provider = FileKeys([key] if key else [])
+        keys: list[KeyProvider] = [FileKeys([key])] if key else []
+        provider = AnyOf([*keys, *([PacketKeys(Broker(resources))] if resources else [])])
         loader = Loader(source, provider, self.cache, limits, must_be_sealed=policy.must_be_sealed)
         documents = DocumentCache(source, self.cache / "documents", limits)
-        self.images = Images(documents, Resolver(documents, policy, limits), loader, policy, self.plane, self.plane)
+        settings = Config(cache_dir=str(self.cache), policy=wanted)
+        resolver = Resolver(documents, origin(settings, policy, documents), limits)
+        self.images = Images(documents, resolver, loader, policy, self.plane, self.plane)
 
     async def prepare(
         self, registry: Registry, manifest: Digest, reference: str | None = None, layer: int = 0,

@@ -1,11 +1,19 @@
 """Who may run here: every way step 0 of the order of trust can end."""
 
-import pytest
+import base64
+import json
 
-from snapshotter.config import Policy
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from snapshotter import labels
+from snapshotter.config import Limits, Policy, RepositoryRule
+from snapshotter.crypto.secret import SecretBytes
 from snapshotter.digest import Digest
-from snapshotter.errors import ConfigError, PolicyDenied
+from snapshotter.errors import BadReference, ConfigError, PolicyDenied
 from snapshotter.image.policy import ImagePolicy
+from snapshotter.keys import jwe, packet
 from snapshotter.registry.reference import Reference
 
 MANIFEST = Digest.of(b"manifest")
@@ -94,3 +102,94 @@ def test_where_only_sealed_images_run(mode: str, require: str, refused: bool) ->
 def test_a_pin_without_a_digest_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r"policy\.pins"):
         policy("open", "any", "registry.example/app:1")
+
+
+# rules for repositories
+
+PUBLIC = (
+    ec.generate_private_key(ec.SECP256R1()).public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+)
+KEK = "kbs:///default/image-kek/app"
+
+
+def with_rules(*rules: dict[str, object], mode: str = "open") -> ImagePolicy:
+    return ImagePolicy.of(mode, Policy(repositories=tuple(RepositoryRule(**rule) for rule in rules)))  # type: ignore[arg-type]
+
+
+def test_the_longest_name_counts() -> None:
+    subject = with_rules({"name": "registry.example:5000"}, {"name": "registry.example:5000/team", "sealed": True})
+    subject.require_sealed(Reference.parse("registry.example:5000/teams/app:1"), False, "plain")
+    with pytest.raises(PolicyDenied) as caught:
+        subject.require_sealed(TAG, False, "plain")
+    assert caught.value.reason == "not-sealed"
+
+
+def test_a_repository_whose_images_must_be_authentic() -> None:
+    subject = with_rules({"name": "registry.example:5000/team/app", "authentic": True})
+    with pytest.raises(PolicyDenied) as caught:
+        subject.admit(TAG, [MANIFEST])
+    assert caught.value.reason == "unauthentic-image"
+    assert subject.admit(BY_DIGEST, [MANIFEST]).authentic
+
+
+def packets(*wrapped: tuple[str, str]) -> dict[str, str]:
+    raw = [json.dumps({"kid": kid, "wrapped_data": "", "iv": "", "wrap_type": kind}) for kid, kind in wrapped]
+    return {packet.ANNOTATION: ",".join(base64.b64encode(text.encode()).decode() for text in raw)}
+
+
+JWE = {labels.ENC_KEYS_JWE: base64.b64encode(jwe.wrap(SecretBytes(b"{}"), [PUBLIC])).decode()}
+
+
+@pytest.mark.parametrize(
+    ("rule", "annotations", "reason"),
+    [
+        ({"recipients": (KEK,)}, packets((KEK, "A256GCM")), ""),
+        ({"recipients": (KEK,)}, JWE, "wrapping"),
+        ({"recipients": (KEK, KEK + "2")}, packets((KEK, "A256GCM")), "wrapping"),
+        ({"ciphers": ("A256GCM",)}, packets((KEK, "A256GCM")), ""),
+        ({"ciphers": ("A256GCM",)}, packets((KEK, "A256CTR")), "wrapping"),
+        ({"ciphers": ("A256GCM",)}, JWE, "wrapping"),
+        ({"ciphers": ("ECDH-ES+A256KW",)}, JWE, ""),
+        ({"recipients": (KEK,), "secret_kek": True}, packets((KEK, "A256GCM")), ""),
+        ({"recipients": (KEK,), "secret_kek": True}, packets(("kbs://host:8080/default/image-kek/app", "A256GCM")), ""),
+        ({"recipients": (KEK,), "secret_kek": True}, packets((KEK, "A256CTR")), "unauthentic-image"),
+        ({"recipients": (KEK,), "secret_kek": True}, JWE, "unauthentic-image"),
+        ({"recipients": (KEK,), "secret_kek": True}, {}, "unauthentic-image"),
+    ],
+)
+def test_how_the_key_of_an_image_is_wrapped(rule: dict[str, object], annotations: dict[str, str], reason: str) -> None:
+    subject = with_rules({"name": "registry.example:5000/team/app", **rule})
+    admission = subject.admit(TAG, [MANIFEST])
+    if not reason:
+        passed = subject.check_wrapping(TAG, admission, annotations, Limits())
+        assert passed.authentic is bool(rule.get("secret_kek"))
+        assert passed.usable(annotations, Limits()) == annotations
+        return
+    with pytest.raises(PolicyDenied) as caught:
+        subject.check_wrapping(TAG, admission, annotations, Limits())
+    assert caught.value.reason == reason
+
+
+def test_where_only_the_secret_kek_counts_nothing_else_opens_the_image() -> None:
+    subject = with_rules({"name": "registry.example:5000", "recipients": (KEK,), "secret_kek": True})
+    both = packets((KEK, "A256GCM"), ("kbs:///default/image-kek/public", "A256GCM"), (KEK, "A256CTR")) | JWE
+    admission = subject.check_wrapping(
+        TAG, subject.admit(TAG, [MANIFEST]), both | {labels.ENC_PUBOPTS: "e30="}, Limits()
+    )
+    usable = admission.usable(both | {labels.ENC_PUBOPTS: "e30="}, Limits())
+    assert usable == packets((KEK, "A256GCM")) | {labels.ENC_PUBOPTS: "e30="}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [{"name": ""}], [{"name": "team/app"}], [{"name": "registry.example/"}], [{"name": "registry.example/Team"}],
+        [{"name": "registry.example"}, {"name": "registry.example"}],
+        [{"name": "registry.example", "recipients": ("jwe:x.pem",)}],
+        [{"name": "registry.example", "secret_kek": True}],
+        [{"name": "registry.example", "secret_kek": True, "recipients": (KEK,), "ciphers": ("PKCS7",)}],
+    ],
+)  # fmt: skip
+def test_rules_that_cannot_be_kept_are_configuration_errors(rules: list[dict[str, object]]) -> None:
+    with pytest.raises((ConfigError, BadReference)):
+        with_rules(*rules)

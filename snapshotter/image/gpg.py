@@ -1,0 +1,62 @@
+"""OpenPGP signatures, verified by GnuPG's `gpgv`: the message in a signed message, if one of some keys signed it."""
+
+import asyncio
+import base64
+import binascii
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from snapshotter.errors import ConfigError, Unavailable
+
+_SECONDS = 20.0
+_ARMOR = b"-----BEGIN PGP PUBLIC KEY BLOCK-----"
+
+
+async def signed_message(message: bytes, keyring: Sequence[bytes]) -> bytes | None:
+    """What `message` (opaque, signed, not encrypted) holds; None unless a key of `keyring` made a good signature.
+
+    Keys are OpenPGP public keys, binary or armored. Raises ConfigError where there is no gpgv, Unavailable if it hangs.
+    """
+    program = shutil.which("gpgv")
+    if program is None:
+        raise ConfigError("policy: signedBy needs the program gpgv (Debian package gpgv)")
+    with tempfile.TemporaryDirectory(prefix="coco-gpgv-") as directory:
+        ring, source, target = (Path(directory) / name for name in ("ring.gpg", "signature", "message"))
+        ring.write_bytes(b"".join(map(_binary, keyring)))
+        source.write_bytes(message)
+        process = await asyncio.create_subprocess_exec(
+            program, "--homedir", directory, "--keyring", str(ring), "--status-fd", "1", "--output", str(target),
+            str(source), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL, env={"LC_ALL": "C"},
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(_SECONDS):
+                status, _ = await process.communicate()
+        except TimeoutError:
+            raise Unavailable("gpgv does not answer") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        words = [
+            line.split()[1] for line in status.decode(errors="replace").splitlines() if line.startswith("[GNUPG:] ")
+        ]
+        # One signature, and a good one: not expired, not revoked, not one of two that only gpgv tells apart.
+        if process.returncode or words.count("NEWSIG") != 1 or words.count("GOODSIG") != 1 or "VALIDSIG" not in words:
+            return None
+        return target.read_bytes() if target.exists() else None
+
+
+def _binary(key: bytes) -> bytes:
+    """Without its armor (RFC 4880 §6.2), which gpgv does not read. Raises ConfigError."""
+    if not key.lstrip().startswith(_ARMOR):
+        return key
+    lines = key.decode(errors="replace").replace("\r", "").strip().split("\n")
+    try:
+        begin = lines.index("") + 1
+        body = [line for line in lines[begin:-1] if line and not line.startswith("=")]
+        return base64.b64decode("".join(body), validate=True)
+    except (ValueError, binascii.Error):
+        raise ConfigError("policy: a GPG key has a broken armor") from None

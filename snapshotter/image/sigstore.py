@@ -1,0 +1,204 @@
+"""Where signatures come from: cosign's manifests in the registry, a lookaside store, and copies of both in the cache.
+
+All of it is untrusted: a signature that verifies is good wherever it was found, anything else is nothing.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+import aiohttp
+import msgspec
+import structlog
+
+from snapshotter.config import Limits
+from snapshotter.digest import Digest
+from snapshotter.errors import ConfigError, LimitExceeded, MalformedImage, NotFound, Unavailable
+from snapshotter.files import read_regular, write_atomic
+from snapshotter.image.signature import CLAIM_BYTES
+from snapshotter.registry.reference import Reference
+from snapshotter.registry.transport import ImageSource
+
+log = structlog.get_logger(__name__)
+
+PAYLOAD_TYPE: Final = "application/vnd.dev.cosign.simplesigning.v1+json"
+SIGNATURE_ANNOTATION: Final = "dev.cosignproject.cosign/signature"
+SIGNATURES: Final = 64  # of one image; more are not looked at
+MESSAGE_BYTES: Final = 64 << 10  # an OpenPGP message
+_KEPT_BYTES: Final = SIGNATURES * (MESSAGE_BYTES + CLAIM_BYTES) * 2
+_SECONDS: Final = 30.0
+
+
+class Found(NamedTuple):
+    """A signature as stored: cosign's, detached, or (`payload` empty) an OpenPGP message that holds its payload."""
+
+    payload: bytes
+    signature: bytes
+
+
+class _Layer(msgspec.Struct, frozen=True, rename="camel"):
+    media_type: str
+    digest: str
+    size: int
+    annotations: dict[str, str] = {}
+
+
+class _Manifest(msgspec.Struct, frozen=True, rename="camel"):
+    layers: list[_Layer] = []
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    payload: bytes
+    signature: bytes
+
+
+def tag_of(digest: Digest) -> str:
+    """The tag under which cosign stores the signatures of an image."""
+    return f"sha256-{digest.hex}.sig"
+
+
+class SignatureSource(Protocol):
+    async def find(self, reference: Reference, digest: Digest) -> Sequence[Found]:
+        """Signatures of the manifest `digest` in the repository of `reference`; none is no error."""
+
+
+class CosignSignatures:
+    """Those next to the image in its registry."""
+
+    def __init__(self, source: ImageSource, limits: Limits) -> None:
+        self._source = source
+        self._limits = limits
+
+    async def find(self, reference: Reference, digest: Digest) -> Sequence[Found]:
+        where = Reference(reference.host, reference.repository, tag_of(digest))
+        try:
+            raw, _, _ = await self._source.manifest(where)
+        except NotFound:
+            return []
+        try:
+            layers = msgspec.json.decode(raw, type=_Manifest).layers
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            raise MalformedImage(f"signatures {where}: not a manifest") from None
+        found = []
+        for layer in layers[:SIGNATURES]:
+            signature = _decoded(layer.annotations.get(SIGNATURE_ANNOTATION, ""))
+            if layer.media_type == PAYLOAD_TYPE and signature and layer.size <= CLAIM_BYTES:
+                payload = await self._source.blob(where, Digest.parse(layer.digest), layer.size, CLAIM_BYTES)
+                found.append(Found(payload, signature))
+        return found
+
+
+class Lookaside:
+    """Simple signatures at BASE/<repository>@sha256=<hex>/signature-1, -2, … (containers-registries.d(5))."""
+
+    def __init__(self, base: str) -> None:
+        """`base`: file:///… or https://…. Raises ConfigError."""
+        if not base.startswith(("file:///", "https://", "http://127.0.0.1", "http://localhost")):
+            raise ConfigError("config: policy.lookaside: write file:///DIRECTORY or https://…")
+        self._base = base.rstrip("/")
+
+    async def find(self, reference: Reference, digest: Digest) -> Sequence[Found]:
+        place = f"{self._base}/{reference.repository}@sha256={digest.hex}"
+        found: list[Found] = []
+        if place.startswith("file://"):
+            while len(found) < SIGNATURES:
+                path = Path(place.removeprefix("file://")) / f"signature-{len(found) + 1}"
+                message = await asyncio.to_thread(read_regular, path, MESSAGE_BYTES)
+                if message is None:
+                    break
+                found.append(Found(b"", message))
+            return found
+        try:
+            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_SECONDS)) as client:
+                while len(found) < SIGNATURES:
+                    message = await _download(client, f"{place}/signature-{len(found) + 1}")
+                    if message is None:
+                        break
+                    found.append(Found(b"", message))
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unavailable(f"lookaside signatures of {digest}: {type(error).__name__}") from None
+        return found
+
+
+async def _download(client: aiohttp.ClientSession, url: str) -> bytes | None:
+    async with client.get(url, allow_redirects=False) as answer:
+        if answer.status == 404:
+            return None
+        if answer.status != 200:
+            raise Unavailable(f"lookaside signature: answered {answer.status}")
+        message = await answer.content.read(MESSAGE_BYTES + 1)
+        while len(message) <= MESSAGE_BYTES and (more := await answer.content.read(MESSAGE_BYTES)):
+            message += more
+        if len(message) > MESSAGE_BYTES:
+            raise LimitExceeded(f"lookaside signature: longer than {MESSAGE_BYTES} bytes")
+        return message
+
+
+class KeptSignatures:
+    """Copies in `cache_dir`/documents, so that a node restarts without registry and lookaside store."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    async def find(self, _reference: Reference, digest: Digest) -> Sequence[Found]:
+        raw = await asyncio.to_thread(read_regular, self._path(digest), _KEPT_BYTES)
+        try:
+            kept = msgspec.json.decode(raw or b"[]", type=list[_Kept])
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            return []
+        return [Found(item.payload, item.signature) for item in kept[:SIGNATURES]]
+
+    async def keep(self, digest: Digest, found: Sequence[Found]) -> None:
+        """A full or read-only cache is not an error."""
+        try:
+            raw = msgspec.json.encode([_Kept(*item) for item in found])
+            await asyncio.to_thread(write_atomic, self._path(digest), raw)
+        except OSError as error:
+            log.info("signatures not cached", digest=digest, error=error.strerror)
+
+    def _path(self, digest: Digest) -> Path:
+        return self._directory / f"{digest.hex}.signatures"
+
+
+def manifest(found: Sequence[Found]) -> tuple[bytes, list[bytes]]:
+    """cosign's manifest of these signatures, and the blobs it names: the config, then the payloads."""
+    diff_ids = [Digest.of(item.payload) for item in found]
+    config = json.dumps(
+        {
+            "architecture": "",
+            "created": "0001-01-01T00:00:00Z",
+            "history": [{"created": "0001-01-01T00:00:00Z"} for _ in found],
+            "os": "",
+            "rootfs": {"type": "layers", "diff_ids": diff_ids},
+            "config": {},
+        },
+        separators=(",", ":"),
+    ).encode()
+    layers = [
+        {
+            "mediaType": PAYLOAD_TYPE,
+            "size": len(item.payload),
+            "digest": Digest.of(item.payload),
+            "annotations": {SIGNATURE_ANNOTATION: base64.b64encode(item.signature).decode()},
+        }
+        for item in found
+    ]
+    described = {
+        "mediaType": "application/vnd.oci.image.config.v1+json", "size": len(config), "digest": Digest.of(config),
+    }  # fmt: skip
+    document = {
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": described,
+        "layers": layers,
+    }  # fmt: skip
+    return json.dumps(document, separators=(",", ":")).encode(), [config, *(item.payload for item in found)]
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True) if len(text) <= MESSAGE_BYTES else b""
+    except (binascii.Error, ValueError):
+        return b""

@@ -1,0 +1,74 @@
+"""For whom and how the key of a layer is wrapped, as its annotations state it. Nothing is opened here.
+
+ocicrypt names no JWE or PKCS#7 recipient, so of those only the algorithm is known; a packet of a key broker names its
+KEK.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from snapshotter import labels
+from snapshotter.config import Limits
+from snapshotter.crypto import encoding
+from snapshotter.errors import MalformedImage
+from snapshotter.keys import annotations as enc
+from snapshotter.keys import packet
+
+PKCS7: Final = "PKCS7"
+_PACKET_BYTES = 256 << 10
+
+
+class Wrapped(NamedTuple):
+    """One packet. `ciphers`: how the layer key is got from it; `recipient`: "kbs:///…", or "" when it names none."""
+
+    scheme: str  # "jwe", "pkcs7", "provider.attestation-agent", …
+    packet: bytes
+    ciphers: frozenset[str]
+    recipient: str
+
+
+def describe(annotations: Mapping[str, str], limits: Limits) -> list[Wrapped]:
+    """All packets of a layer, in the order of their annotations. Raises MalformedImage, LimitExceeded."""
+    enc.check_size(annotations, limits)
+    return [
+        Wrapped(scheme, raw, *_details(scheme, raw))
+        for scheme in enc.schemes(annotations)
+        for raw in enc.packets(annotations, labels.ENC_KEYS_PREFIX + scheme, limits)
+    ]
+
+
+def restrict(annotations: Mapping[str, str], keep: Callable[[Wrapped], bool], limits: Limits) -> dict[str, str]:
+    """The annotations without the packets that `keep` refuses. Raises as `describe`."""
+    kept: dict[str, list[bytes]] = {}
+    for wrapped in describe(annotations, limits):
+        if keep(wrapped):
+            kept.setdefault(labels.ENC_KEYS_PREFIX + wrapped.scheme, []).append(wrapped.packet)
+    rest = {name: text for name, text in annotations.items() if not name.startswith(labels.ENC_KEYS_PREFIX)}
+    return rest | {name: enc.join(packets) for name, packets in kept.items()}
+
+
+def _details(scheme: str, raw: bytes) -> tuple[frozenset[str], str]:
+    if scheme == "jwe":
+        return _jwe_ciphers(raw), ""
+    if scheme == "pkcs7":
+        return frozenset((PKCS7,)), ""
+    if labels.ENC_KEYS_PREFIX + scheme == packet.ANNOTATION:
+        value = encoding.json_object(raw, f"{scheme} packet", _PACKET_BYTES)
+        return frozenset((str(value.get("wrap_type", "")),)), str(value.get("kid", ""))[:512]
+    return frozenset((scheme,)), ""
+
+
+def _jwe_ciphers(raw: bytes) -> frozenset[str]:
+    """The `alg` of every recipient: of the protected header, or of its own."""
+    value = encoding.json_object(raw, "jwe packet", _PACKET_BYTES)
+    protected = encoding.b64url_decode(
+        encoding.string(value, "protected", "jwe packet"), "jwe packet: protected header"
+    )
+    shared = encoding.json_object(protected, "jwe packet: protected header", _PACKET_BYTES)
+    entries: Any = value.get("recipients", [value])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise MalformedImage("jwe packet: recipients is not a list of objects")
+    headers = [entry.get("header", {}) for entry in entries]
+    if not all(isinstance(header, dict) for header in headers):
+        raise MalformedImage("jwe packet: a header is not an object")
+    return frozenset(str((shared | header).get("alg", "")) for header in headers)

@@ -1,0 +1,273 @@
+"""Who wrote an image: every way to pass off another one, against signatures, pins and the secret KEK of the owner."""
+
+import base64
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshotter import labels
+from snapshotter.cli.main import main
+from snapshotter.config import Policy, RepositoryRule
+from snapshotter.errors import ConfigError, SnapshotterError
+from snapshotter.image.sigstore import SIGNATURE_ANNOTATION, tag_of
+from tests.tamper.attacker import REPOSITORY, Keys, Node, Registry, World, refused
+
+TAG = f"{REPOSITORY}:app"
+KEK = "kbs:///default/image-kek/app"
+
+
+def trust(tmp: Path, *requirements: dict[str, Any], scope: str = REPOSITORY) -> Policy:
+    """A policy.json that rejects everything outside `scope`."""
+    path = tmp / "policy.json"
+    scopes = {scope: list(requirements)} if requirements else {}
+    path.write_text(json.dumps({"default": [{"type": "reject"}], "transports": {"docker": scopes}}))
+    return Policy(file=str(path))
+
+
+def signed_by(*keys: Path, identity: str = "matchRepository") -> dict[str, Any]:
+    paths = [str(path) for path in keys]
+    return {"type": "sigstoreSigned", "keyPaths": paths, "signedIdentity": {"type": identity}}
+
+
+@pytest.fixture(scope="module")
+def author(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return Keys.make(tmp_path_factory.mktemp("author"), "author")
+
+
+SECRET = hashlib.sha256(b"app").digest()
+
+
+@pytest.fixture(scope="module")
+def signed(made: World, author: Keys, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The honest images, and ones that are signed or wrapped under the owner's KEK."""
+    directory = tmp_path_factory.mktemp("signed")
+    kek, out = directory / "app.kek", directory / "images"
+    kek.write_bytes(SECRET)
+    shutil.copytree(made.layout, out)
+    jwe, by_kek = ("--recipient", f"jwe:{made.keys.public}"), ("--recipient", f"{KEK}={kek}")
+    images = [
+        ("signed", 1, *jwe, "--sign-key", author.private),
+        ("evil-signed", 2, *jwe, "--sign-key", made.stranger.private),
+        ("old", 2, *jwe, "--sign-key", author.private),
+        ("twice", 1, *jwe, "--sign-key", author.private, "--sign-key", made.keys.private),
+        ("kek", 1, *by_kek, *jwe),
+        ("other", 2, *by_kek),
+    ]
+    for tag, seed, *options in images:
+        source = f"oci:{made.layout.parent}/source-{seed}:tiny"
+        common = ["convert", source, f"oci:{out}:{tag}", "--repository", REPOSITORY]
+        assert main([*common, *map(str, options)]) == 0
+    return out
+
+
+@pytest.fixture
+def registry(signed: Path, tmp_path: Path) -> Registry:
+    shutil.copytree(signed, tmp_path / "registry")
+    return Registry(tmp_path / "registry")
+
+
+# signatures
+
+
+@pytest.mark.parametrize("mode", ["open", "confidential"])
+async def test_a_signed_image_is_authentic_by_its_tag(
+    made: World, registry: Registry, author: Keys, tmp_path: Path, mode: str
+) -> None:
+    digest = registry.digest("signed")
+    node = Node(registry, made.keys.private, tmp_path, mode, rules=trust(tmp_path, signed_by(author.public)))
+    assert (await node.prepare(registry, digest, TAG)).kind == "data"
+
+
+async def test_a_node_restarts_without_the_signatures_in_the_registry(
+    made: World, registry: Registry, author: Keys, tmp_path: Path
+) -> None:
+    digest = registry.digest("signed")
+    rules = trust(tmp_path, signed_by(author.public))
+    await Node(registry, made.keys.private, tmp_path, "confidential", rules=rules).prepare(registry, digest, TAG)
+    offline = Node(Registry(tmp_path / "nothing"), made.keys.private, tmp_path, "confidential", rules=rules)
+    assert (await offline.prepare(registry, digest, TAG)).kind == "data"
+    for kept in (offline.cache / "documents").glob("*.signatures"):
+        kept.write_bytes(kept.read_bytes().replace(b'"signature":"M', b'"signature":"N'))  # of ASN.1, the first byte
+    forged = Node(Registry(tmp_path / "nothing"), made.keys.private, tmp_path, "confidential", rules=rules)
+    with pytest.raises(SnapshotterError) as caught:
+        await forged.prepare(registry, digest, TAG)
+    assert caught.value.reason in ("unauthentic-image", "not-found")
+
+
+async def test_an_unsigned_tag(made: World, registry: Registry, author: Keys, tmp_path: Path) -> None:
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=trust(tmp_path, signed_by(author.public)))
+    error = await refused(node, registry, registry.digest("app"), "unauthentic-image", reference=TAG)
+    assert "it has no signature" in str(error)
+
+
+async def test_sealed_again_by_a_stranger_to_the_same_public_key(
+    made: World, registry: Registry, author: Keys, tmp_path: Path
+) -> None:
+    """Anybody can encrypt to our key and sign with a key of his own."""
+    evil = registry.digest("evil-signed")
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=trust(tmp_path, signed_by(author.public)))
+    error = await refused(node, registry, evil, "unauthentic-image", reference=TAG)
+    assert "not by a trusted key" in str(error)
+
+
+async def test_the_signature_of_another_digest(made: World, registry: Registry, author: Keys, tmp_path: Path) -> None:
+    good = registry.digest("signed")
+    rename_tag(registry, tag_of(good), tag_of(registry.digest("evil")))
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=trust(tmp_path, signed_by(author.public)))
+    error = await refused(node, registry, registry.digest("evil"), "unauthentic-image", reference=TAG)
+    assert f"for another manifest, {good}" in str(error)
+
+
+async def test_a_signed_image_of_another_repository(
+    made: World, registry: Registry, author: Keys, tmp_path: Path
+) -> None:
+    digest = registry.digest("signed")
+    rules = trust(tmp_path, signed_by(author.public), scope="registry.example")
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=rules)
+    error = await refused(node, registry, digest, "unauthentic-image", reference="registry.example/team/other:1")
+    assert "which matchRepository does not accept" in str(error)
+
+
+@pytest.mark.parametrize("position", range(0, 60, 7))
+async def test_a_changed_claim_or_signature(
+    made: World, registry: Registry, author: Keys, tmp_path: Path, position: int
+) -> None:
+    digest = registry.digest("signed")
+    document = registry.manifest(tag_of(digest))
+    [layer] = document["layers"]
+    if position % 2:
+        payload = bytearray(registry.blob(layer["digest"]))
+        payload[position] ^= 1
+        layer |= registry.put(bytes(payload))
+    else:
+        raw = bytearray(base64.b64decode(layer["annotations"][SIGNATURE_ANNOTATION]))
+        raw[position] ^= 1
+        layer["annotations"][SIGNATURE_ANNOTATION] = base64.b64encode(raw).decode()
+    retag(registry, tag_of(digest), json.dumps(document).encode())
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=trust(tmp_path, signed_by(author.public)))
+    await refused(node, registry, digest, "unauthentic-image", reference=TAG)
+
+
+async def test_two_signatures_where_two_are_required(
+    made: World, registry: Registry, author: Keys, tmp_path: Path
+) -> None:
+    digest = registry.digest("signed")
+    rules = trust(tmp_path, signed_by(author.public), signed_by(made.keys.public))
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=rules)
+    await refused(node, registry, digest, "unauthentic-image", reference=TAG)
+    digest = registry.digest("twice")
+    assert (await node.prepare(registry, digest, TAG)).kind == "data"
+
+
+async def test_a_rejected_scope_refuses_what_is_signed(
+    made: World, registry: Registry, author: Keys, tmp_path: Path
+) -> None:
+    digest = registry.digest("signed")
+    node = Node(registry, made.keys.private, tmp_path, rules=trust(tmp_path))
+    error = await refused(node, registry, digest, "unauthentic-image")
+    assert "rejected by the trust policy, scope 'default'" in str(error)
+
+
+async def test_accepting_anything_makes_nothing_authentic(made: World, registry: Registry, tmp_path: Path) -> None:
+    rules = trust(tmp_path, {"type": "insecureAcceptAnything"})
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=rules)
+    await refused(node, registry, registry.digest("app"), "unauthentic-image", reference=TAG)
+    assert (
+        await Node(registry, made.keys.private, tmp_path, rules=rules).prepare(registry, registry.digest("app"))
+    ).kind
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"default": [{"type": "signedBySomebody"}]}'])
+async def test_without_a_readable_policy_no_image_runs(
+    made: World, registry: Registry, author: Keys, tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    for name in (path, tmp_path / "missing.json"):
+        await no_image_runs(made, registry, tmp_path, Policy(file=str(name)))
+
+
+async def no_image_runs(made: World, registry: Registry, tmp_path: Path, rules: Policy) -> None:
+    node = Node(registry, made.keys.private, tmp_path, rules=rules)
+    with pytest.raises(ConfigError):
+        await node.prepare(registry, registry.digest("app"))
+    node.assert_nothing_left()
+
+
+async def test_a_signature_does_not_replace_a_pin(
+    made: World, registry: Registry, author: Keys, tmp_path: Path
+) -> None:
+    """An older image of the same author is signed as well; a pin says which one it has to be."""
+    old = registry.digest("old")
+    rules = trust(tmp_path, signed_by(author.public))
+    assert (await Node(registry, made.keys.private, tmp_path, rules=rules).prepare(registry, old, TAG)).kind == "data"
+    pinned = Policy(file=rules.file, pins=(f"{REPOSITORY}@{registry.digest('app')}",))
+    node = Node(registry, made.keys.private, tmp_path / "pinned", "confidential", rules=pinned)
+    error = await refused(node, registry, old, "unauthentic-image", reference=TAG)
+    assert "not one of the pins" in str(error)
+
+
+# the secret KEK of the owner
+
+
+def only_by_kek() -> Policy:
+    return Policy(repositories=(RepositoryRule(name=REPOSITORY, recipients=(KEK,), secret_kek=True),))
+
+
+async def test_an_image_under_the_owners_kek_is_authentic(made: World, registry: Registry, tmp_path: Path) -> None:
+    node = Node(registry, None, tmp_path, "confidential", rules=only_by_kek(), resources={KEK: SECRET})
+    assert (await node.prepare(registry, registry.digest("kek"), TAG)).kind == "data"
+
+
+async def test_the_public_key_opens_nothing_where_the_kek_counts(
+    made: World, registry: Registry, tmp_path: Path
+) -> None:
+    """Sealed by a stranger: a genuine packet of another image beside his own, which our private key would open."""
+    genuine = registry.manifest("kek")["layers"][-1]["annotations"]
+    name = labels.ENC_KEYS_PREFIX + "provider.attestation-agent"
+
+    def add_packet(manifest: dict[str, Any], _config: dict[str, Any]) -> None:
+        manifest["layers"][-1]["annotations"][name] = genuine[name]
+
+    evil = registry.forge("evil", add_packet)
+    rules, resources = only_by_kek(), {KEK: SECRET}
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=rules, resources=resources)
+    await refused(node, registry, evil, "layer-hmac", reference=TAG)
+    await refused(node, registry, registry.digest("evil"), "unauthentic-image", reference=TAG)
+
+
+async def test_swapped_config_and_bootstrap_under_the_kek(made: World, registry: Registry, tmp_path: Path) -> None:
+
+    def swap_entrypoint(_manifest: dict[str, Any], config: dict[str, Any]) -> None:
+        config["config"]["Entrypoint"] = ["/bin/evil"]
+
+    def swap_bootstrap(manifest: dict[str, Any], config: dict[str, Any]) -> None:
+        manifest["layers"][-1] = registry.manifest("other")["layers"][-1]
+        config["rootfs"]["diff_ids"][-1] = manifest["layers"][-1]["digest"]
+
+    node = Node(registry, None, tmp_path, "confidential", rules=only_by_kek(), resources={KEK: SECRET})
+    swapped = registry.forge("kek", swap_entrypoint)
+    await refused(node, registry, swapped, "config-mismatch", reference=TAG)
+    swapped = registry.forge("kek", swap_bootstrap)
+    await refused(node, registry, swapped, "identity-mismatch", reference=TAG)
+
+
+# what stands in the registry under another tag
+
+
+def retag(registry: Registry, tag: str, manifest: bytes) -> None:
+    stored = registry.put(manifest)
+    index = json.loads((registry.path / "index.json").read_bytes())
+    for entry in index["manifests"]:
+        if entry["annotations"]["org.opencontainers.image.ref.name"] == tag:
+            entry |= stored
+    (registry.path / "index.json").write_text(json.dumps(index))
+
+
+def rename_tag(registry: Registry, old: str, new: str) -> None:
+    path = registry.path / "index.json"
+    path.write_text(path.read_text().replace(old, new))

@@ -1,0 +1,56 @@
+"""Policy that came with the machine."""
+
+from pathlib import Path
+
+import pytest
+
+from snapshotter.config import Config, Policy, RepositoryRule
+from snapshotter.errors import ConfigError
+from snapshotter.image.initdata import with_initdata
+
+A, B = (f"registry.example/app@sha256:{digit * 64}" for digit in "ab")
+
+
+def settings(tmp_path: Path, text: str, policy: Policy) -> Config:
+    path = tmp_path / "initdata.toml"
+    path.write_text(text)
+    merged = {"pins": policy.pins, "require": policy.require, "repositories": policy.repositories}
+    return Config(policy=Policy(initdata=str(path), **merged))  # type: ignore[arg-type]
+
+
+def document(policy: str, entry: str = "coco-snapshotter.toml") -> str:
+    return f"algorithm = \"sha384\"\nversion = \"0.1.0\"\n[data]\n\"{entry}\" = '''\n{policy}'''\n\"aa.toml\" = ''\n"
+
+
+def test_pins_and_rules_add_up_and_the_rest_is_replaced(tmp_path: Path) -> None:
+    text = document(
+        f'[policy]\npins = ["{B}"]\nrequire = "pinned"\nfile = "kbs:///default/policy/app"\n'
+        '[[policy.repositories]]\nname = "registry.example"\nsealed = true\n'
+    )
+    rules = (RepositoryRule(name="registry.example"), RepositoryRule(name="other.example", authentic=True))
+    merged = with_initdata(settings(tmp_path, text, Policy(pins=(A,), repositories=rules))).policy
+    assert merged.pins == (A, B)
+    assert (merged.require, merged.file) == ("pinned", "kbs:///default/policy/app")
+    assert merged.repositories == (RepositoryRule(name="registry.example", sealed=True), rules[1])
+
+
+def test_without_initdata_nothing_changes() -> None:
+    assert with_initdata(Config()) == Config()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "not toml", 'algorithm = "md5"\n[data]\n', document("", "policy.rego"), document(""), document("[policy"),
+        document("[policy]\nunknown = 1\n"), document('[policy]\npins = "x"\n'), document("[policy]\n[keys]\n"),
+        document('[policy]\ninitdata = "/other"\n'), document("#" * (1 << 20)),
+    ],
+)  # fmt: skip
+def test_initdata_without_a_policy_that_is_understood_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="initdata"):
+        with_initdata(settings(tmp_path, text, Policy()))
+
+
+def test_a_missing_initdata_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        with_initdata(Config(policy=Policy(initdata=str(tmp_path / "none"))))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from snapshotter import __version__, config, control
+from snapshotter import __version__, config, control, failpoints
 from snapshotter.errors import SnapshotterError
 from snapshotter.image.initdata import with_initdata
 from snapshotter.log import bind_request, configure
@@ -87,14 +87,17 @@ class Daemon:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serves containerd at once, and status when all parts are there; drains at the end."""
+        failpoints.hit("snapshotd.opened")
         await self._snapshotter.start()
         await self._server.start(self._listener)
+        failpoints.hit("snapshotd.listens")
         pullpath = await asyncio.to_thread(importlib.import_module, "snapshotter.snapshots.pullpath")
         async with pullpath.open_images(self._settings, self._data_plane, self._mounter, self._trail) as images:
             await self._discard_dead_mounts()
             self._later.images.set_result(images)
             self._control.start()
             yield
+            failpoints.hit("snapshotd.drains")
             await self._drain()
 
     async def _drain(self) -> None:
@@ -113,6 +116,7 @@ class Daemon:
             return
         attached = {image["id"] for image in (await self._blobd.status())["images"]}
         for attach_id in mounted - attached:
+            failpoints.hit("snapshotd.discards")
             point = self._snapshotter.mountpoint(attach_id)
             log.error("image was mounted from a data plane that is gone", attach_id=attach_id, target=str(point))
             await self._mounter.discard(point)
@@ -189,6 +193,7 @@ async def serve(settings: config.Config) -> int:
         log.info("snapshotd serves", pid=os.getpid(), version=__version__, mode=settings.mode, root=settings.root)
         with contextlib.suppress(OSError, EOFError):
             await asyncio.to_thread(control.request, keeper, {"op": "ready", "name": "snapshotd"})
+        failpoints.hit("snapshotd.ready")
         await stop.wait()
         log.info("draining")
     return 0
@@ -208,6 +213,7 @@ def main(arguments: list[str]) -> int:
         settings = with_initdata(settings)
         configure(settings.log.level, settings.log.format, process="snapshotd")
         control.take_lock(Path(settings.root) / "snapshotd.lock", LOCK_SECONDS)
+        failpoints.hit("snapshotd.started")
         return asyncio.run(serve(settings))
     except (SnapshotterError, OSError, EOFError, sqlite3.Error) as error:
         log.error("snapshotd cannot serve", error=str(error) or type(error).__name__)

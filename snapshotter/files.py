@@ -5,6 +5,8 @@ import stat
 import tempfile
 from pathlib import Path
 
+from snapshotter import failpoints
+
 
 def read_regular(path: Path, limit: int) -> bytes | None:
     """Content of a regular file of at most `limit` bytes; None for anything else: missing, longer, link, fifo, …"""
@@ -34,7 +36,9 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o600) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        failpoints.hit("file.written")
         os.replace(temporary, path)
+        failpoints.hit("file.renamed")
     except BaseException:
         os.unlink(temporary)
         raise

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from snapshotter import __version__, control
+from snapshotter import __version__, control, failpoints
 from snapshotter.loop import SIGNALS, Loop
 from snapshotter.mounts.syscalls import open_fuse_session
 from snapshotter.workers import Trial, Worker, log
@@ -53,11 +53,14 @@ class Keeper:
         for fd in [*handover.values(), *(pidfd for _, pidfd in living.values())]:
             os.set_inheritable(fd, False)
         self.lock = handover.pop("lock", None) or control.take_lock(f"{self.root}/lock")
+        failpoints.hit("keeper.took-over" if handover else "keeper.locked")
         self.loop.catch_signals()
         self.store: dict[str, int] = handover or self._recover()
+        failpoints.hit("keeper.recovered")
         # Only now: a worker that started without us must not wait for descriptors that we are asking it for.
         self.listener = control.listen(f"{self.root}/keeper.sock")
         self.loop.watch(self.listener, self._accept)
+        failpoints.hit("keeper.listens")
         log("info", "keeper runs", pid=os.getpid(), root=self.root, address=self.address, version=__version__)
         self._announce()
         self._replace(living)
@@ -77,6 +80,7 @@ class Keeper:
     def _recover(self) -> dict[str, int]:
         """Adopt living workers and take back what they hold; make anew what nobody holds."""
         store = self.blobd.adopt({"fuse", "fuse-root", "session", "listen-blobd"}, patience=10)
+        failpoints.hit("keeper.blobd-adopted")
         # Clients reach the listener of the living snapshotd; without the old session that one must go.
         served = self.snapshotd.adopt({"listen-grpc"}, patience=10 if store else 0)
         if not store:
@@ -121,17 +125,21 @@ class Keeper:
     def _answers(self, message: control.Message, fds: list[int], pid: int) -> Iterator[control.Reply]:
         op, name = message.get("op"), str(message.get("name"))
         if op == "list":
+            failpoints.hit("keeper.lists")
             yield from [({"name": held}, [fd]) for held, fd in self.store.items()]
             yield {"end": True}, ()
         elif IMAGE.fullmatch(name) and (op, len(fds)) in (("put", 1), ("drop", 0)):
+            failpoints.hit("keeper.puts" if op == "put" else "keeper.drops")
             control.close_all([self.store.pop(name)] if name in self.store else [])
             self.store |= {name: fds.pop()} if op == "put" else {}
+            failpoints.hit("keeper.put" if op == "put" else "keeper.dropped")
             yield {}, ()
         elif op == "ready":
             for worker in self.workers:
                 if worker.name == name:
                     worker.announced(pid)
             self._announce()
+            failpoints.hit("keeper.ready")
             yield {}, ()
         elif op == "status":
             pids = {"keeper": os.getpid()} | {worker.name: worker.pid for worker in self.workers}
@@ -156,12 +164,14 @@ class Keeper:
         self.loop.forget_signals(*SIGNALS)
         self._end([self.snapshotd], signal.SIGTERM, DRAIN_SECONDS)
         self.snapshotd.kill(signal.SIGKILL)
+        failpoints.hit("keeper.stops")
         self._end([self.blobd], signal.SIGTERM, LEAVE_SECONDS)
         if self.loop.told(*STOP):  # a second time
             self.loop.forget_signals(*SIGNALS)
             self._end([self.blobd], signal.SIGINT, LEAVE_SECONDS)
         if self.blobd.pid:
             log("warning", "images are in use: blobd stays and serves them", pid=self.blobd.pid)
+        failpoints.hit("keeper.stopped")
         socket.socket(fileno=self.store["listen-grpc"]).shutdown(socket.SHUT_RDWR)
         for path in (self.address, f"{self.root}/keeper.sock"):
             with contextlib.suppress(FileNotFoundError):
@@ -178,6 +188,7 @@ class Keeper:
     def _become_new(self) -> None:
         """Become the program that is installed now; pid, lock, descriptors, workers stay. Returns only if it fails."""
         log("info", "reloading")
+        failpoints.hit("keeper.reloads")
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes now stays pending for the successor
         handover = {**self.store, "lock": self.lock}
         living = {worker.name: (worker.pid, worker.pidfd) for worker in self.workers if worker.pid}
@@ -185,6 +196,7 @@ class Keeper:
         os.environ |= {HANDOVER: json.dumps(handover), HANDED_WORKERS: json.dumps(living)}
         for fd in descriptors:
             os.set_inheritable(fd, True)
+        failpoints.hit("keeper.hands-over")
         try:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - our own command line
         except OSError as error:
@@ -202,6 +214,7 @@ class Keeper:
             worker.watch(self.loop)
         self._end(handed, signal.SIGINT, RELOAD_SECONDS)
         self._end(handed, signal.SIGKILL, 1)
+        failpoints.hit("keeper.replaced")
 
 
 def main(flags: list[str]) -> int:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from snapshotter import control
+from snapshotter import control, failpoints
 from snapshotter.loop import Loop
 
 TRIAL_SECONDS = 60
@@ -49,6 +49,7 @@ class Worker:
             log("error", "worker cannot be started", worker=self.name, error=str(error))
             self.due = time.monotonic() + LAST_DELAY
             return False
+        failpoints.hit("keeper.started-worker")
         self.take_over(pid, os.pidfd_open(pid))
         log("info", "worker started", worker=self.name, pid=pid)
         return True
@@ -111,6 +112,8 @@ class Worker:
             status = "unknown"
         log("info", "worker ended", worker=self.name, pid=self.pid, status=status)
         self._delay = FIRST_DELAY if time.monotonic() - self._started >= STEADY_SECONDS else self._delay
+        if failpoints.enabled("keeper.no-delay"):
+            self._delay = FIRST_DELAY
         self.due, self._delay = time.monotonic() + self._delay, min(2 * self._delay, LAST_DELAY)
         os.close(self.pidfd)
         self.pid, self.pidfd, self.ready = 0, -1, False

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import structlog
 
+from snapshotter import failpoints
 from snapshotter.blobs.chunks import Counters
 
 log = structlog.get_logger(__name__)
@@ -172,7 +173,9 @@ class ChunkCache:
                 size, entries = size - status.st_size, 0
                 if stat.S_ISDIR(status.st_mode):
                     self._unlink(bucket, text, directory=True)
+            failpoints.hit("cache.written")
             os.rename(temporary, text, src_dir_fd=bucket, dst_dir_fd=bucket)
+            failpoints.hit("cache.renamed")
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=bucket)
@@ -269,6 +272,7 @@ class ChunkCache:
 
     def _remove(self, entry: Entry) -> bool:
         """Whether it was there and could be removed."""
+        failpoints.hit("cache.evicts")
         try:
             os.unlink(entry.name, dir_fd=self._bucket(entry.bucket))
         except OSError:

@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from snapshotter import failpoints
 from snapshotter.config import Erofs
 from snapshotter.errors import FailedPrecondition, SnapshotterError, Unavailable
 from snapshotter.mounts.capabilities import attempts, kernel_version
@@ -94,7 +95,7 @@ class ErofsMounter:
             pass_fds=descriptors,
             start_new_session=True,
             cwd="/",
-            env={},
+            env=failpoints.environment(),
         )
         try:
             async with asyncio.timeout(self._child_seconds):

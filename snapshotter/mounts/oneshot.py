@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2]))  # which -I left out
 
+from snapshotter import failpoints
 from snapshotter.mounts import syscalls
 
 LOOP_CTL_GET_FREE, LOOP_CONFIGURE = 0x4C82, 0x4C0A
@@ -25,6 +26,7 @@ TRY_NEXT = {errno.EINVAL, errno.ENOTBLK, errno.EOPNOTSUPP}  # no directio; no fi
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
+    failpoints.hit("oneshot.started")
     if request["op"] == "unmount":
         return unmount(request["target"], syscalls.MNT_DETACH if request["detach"] else 0)
     failures = []
@@ -54,6 +56,7 @@ def mount(request: dict[str, Any], driver: str, directio: bool) -> None:
     try:
         if driver == "loop":
             loops = [attach_loop(source, directio, opened) for source in sources]
+            failpoints.hit("oneshot.loop")
             for number in loops:
                 set_read_ahead(f"/sys/block/loop{number}/queue/read_ahead_kb", kib)
             sources = [f"/dev/loop{number}" for number in loops]
@@ -69,7 +72,9 @@ def mount(request: dict[str, Any], driver: str, directio: bool) -> None:
             set_read_ahead(f"/sys/class/bdi/{name}/read_ahead_kb", kib)
         detached = syscalls.fsmount(context, syscalls.MOUNT_ATTR_RDONLY)
         opened.append(detached)
+        failpoints.hit("oneshot.created")
         syscalls.move_mount(detached, request["target"])
+        failpoints.hit("oneshot.mounted")
     finally:
         for fd in opened:
             os.close(fd)
@@ -128,6 +133,7 @@ def unmount(target: str, flags: int) -> dict[str, Any]:
             syscalls.umount(target, syscalls.UMOUNT_NOFOLLOW | flags)
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOENT):
+            failpoints.hit("oneshot.unmounted")
             return {}
         return {"error": str(error.strerror), "busy": error.errno == errno.EBUSY}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from snapshotter import __version__, config, control
+from snapshotter import __version__, config, control, failpoints
 from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters, ImageCounters
 from snapshotter.blobs.fetcher import Fetcher
@@ -55,6 +55,7 @@ class Blobd:
     def __init__(self, settings: config.Config, source: RangeSource, fds: dict[str, int]) -> None:
         loop = asyncio.get_running_loop()
         self.ended = asyncio.Event()
+        self.keepers = 0  # that have come after the one we were started by
         self._fds = fds
         self._counters = Counters()
         cpus = len(os.sched_getaffinity(0))
@@ -90,7 +91,9 @@ class Blobd:
                     self._devices.attach(Attachment(fd))
                 except SnapshotterError as error:
                     log.error("image cannot be attached", image=name, error=str(error))
+        failpoints.hit("blobd.attached-all")
         self._session.start()
+        failpoints.hit("blobd.took-over")
         self._server.start()
         asyncio.get_running_loop().run_in_executor(None, self._cache.scan)
 
@@ -132,8 +135,10 @@ class Blobd:
         if attachment.image_id != image_id:
             attachment.close()
             raise InvalidArgument(f"attach: this is image {attachment.image_id}, not {image_id}")
+        failpoints.hit("blobd.attaches")
         self._devices.attach(attachment)
         self._devices.warm_up(image_id)
+        failpoints.hit("blobd.attached")
         log.info("image attached", image=image_id, bootstrap=attachment.bootstrap_digest)
 
     async def _detach(self, image_id: int) -> None:
@@ -144,7 +149,9 @@ class Blobd:
                     await asyncio.sleep(0.01)
         if self._open_files_of(image_id):
             raise FailedPrecondition(f"image {image_id} is in use")
+        failpoints.hit("blobd.detaches")
         await self._devices.detach(image_id)
+        failpoints.hit("blobd.detached")
         log.info("image detached", image=image_id)
 
     def _open_files_of(self, image_id: int) -> int:
@@ -193,7 +200,9 @@ class Blobd:
         held = {name: self._fds[name] for name in _SESSION}
         held |= {f"image-{image.attachment.image_id}": image.attachment.fd for image in self._devices.images()}
         for name, fd in held.items():
+            failpoints.hit("blobd.dumps")
             yield {"name": name}, [fd]
+        self.keepers += 1
         yield {"end": True}, ()
 
 
@@ -201,6 +210,7 @@ async def serve(settings: config.Config) -> int:
     """Serve until told to stop; the exit status."""
     root = Path(settings.root)
     fds = await _from_keeper(root / "keeper.sock")
+    failpoints.hit("blobd.fetched")
     # Each image bounds its own connections (fetch.parallel); a bound on all of them would let one frozen repository
     # of a host use up those of the others.
     registry = msgspec.structs.replace(settings.registry, connections=0)
@@ -210,26 +220,30 @@ async def serve(settings: config.Config) -> int:
     blobd.start()
     log.info("blobd serves", pid=os.getpid(), version=__version__)
     await asyncio.to_thread(_announce, root / "keeper.sock")
+    failpoints.hit("blobd.ready")
     return await stop.wait()
 
 
 class _Stop:
-    """SIGTERM leaves unless images are in use; the second one, and SIGINT, leave at once with everything in place."""
+    """SIGTERM leaves unless images are in use; the second one, and SIGINT, leave at once with everything in place.
+
+    A keeper that took over meanwhile begins anew: its first SIGTERM is the first.
+    """
 
     def __init__(self, blobd: Blobd) -> None:
         self._blobd = blobd
-        self._terminated = False
+        self._told_under = -1
         self._left = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._left.set)
 
     def _terminate(self) -> None:
-        if self._terminated or not self._blobd.open_files:
+        if self._told_under == self._blobd.keepers or not self._blobd.open_files:
             self._left.set()
         else:
             log.warning("images are in use: serving them until told again", open=self._blobd.open_files)
-        self._terminated = True
+        self._told_under = self._blobd.keepers
 
     async def wait(self) -> int:
         waits = [asyncio.create_task(self._left.wait()), asyncio.create_task(self._blobd.ended.wait())]
@@ -283,6 +297,7 @@ def main(arguments: list[str]) -> int:
         harden()
         sys.setswitchinterval(_SWITCH_SECONDS)
         control.take_lock(Path(settings.root) / "blobd.lock", _LOCK_SECONDS)
+        failpoints.hit("blobd.started")
         loop = asyncio.new_event_loop()
         status = loop.run_until_complete(serve(settings))
     except (SnapshotterError, OSError) as error:

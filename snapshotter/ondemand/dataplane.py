@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from snapshotter import control
+from snapshotter import control, failpoints
 from snapshotter.errors import Unavailable
 from snapshotter.ondemand.client import BlobdClient
 
@@ -21,13 +21,21 @@ class DataPlane:
 
     async def attach(self, attach_id: int, memfd: int) -> None:
         """Idempotent; `memfd` stays the caller's. Raises Unavailable, IntegrityError."""
-        await self._ask_keeper({"op": "put", "name": f"image-{attach_id}"}, memfd)
+        await self._put(attach_id, memfd)
+        failpoints.hit("attach.kept")
         await self._blobd.attach(attach_id, memfd)
+        failpoints.hit("attach.served")
+        await self._put(attach_id, memfd)  # again: a keeper that took over meanwhile has only what blobd had then
 
     async def detach(self, attach_id: int) -> None:
         """Forget an image and its keys. Raises FailedPrecondition while it is in use."""
         await self._blobd.detach(attach_id)
+        failpoints.hit("detach.served")
         await self._ask_keeper({"op": "drop", "name": f"image-{attach_id}"})
+        failpoints.hit("detach.done")
+
+    async def _put(self, attach_id: int, memfd: int) -> None:
+        await self._ask_keeper({"op": "put", "name": f"image-{attach_id}"}, memfd)
 
     async def _ask_keeper(self, message: control.Message, *fds: int) -> None:
         try:

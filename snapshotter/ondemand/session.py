@@ -155,6 +155,7 @@ class Session:
         task.add_done_callback(self._parked.pop)
 
     async def _wait(self, request: Request, slot: int | None, device: Device) -> None:
+        failpoints.hit("blobd.read.parked")
         offset, length = wire.read_in(request.body)
         begin = time.monotonic()
         try:
@@ -236,6 +237,7 @@ class Session:
             # ENOENT: answered before, or the reader was killed. ENODEV: the connection is gone.
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 log.error("FUSE reply refused", error=error.strerror)
+        failpoints.hit("blobd.replied")
         self._done(slot)
 
     def _done(self, slot: int | None) -> None:

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from snapshotter import labels
+from snapshotter import failpoints, labels
 from snapshotter.bootstrap.loader import LoadedImage, Loader
 from snapshotter.digest import Digest
 from snapshotter.errors import IntegrityError, PolicyDenied
@@ -180,8 +180,10 @@ class Images:
                 if devices is None:
                     with self._trail.timed("attach", id=attach_id):
                         devices = await self._attach(attach_id, record)
+                failpoints.hit("mount.attached")
                 with self._trail.timed("mount", id=attach_id):
                     await self._mounter.mount(attach_id, devices, target)
+            failpoints.hit("mount.done")
             log.info("image mounted", image=record.reference, bootstrap=record.bootstrap, attach_id=attach_id)
 
     async def _attach(self, attach_id: int, record: ImageRecord) -> int:
@@ -196,6 +198,7 @@ class Images:
             bootstrap=loaded.bootstrap,
             blobs=loaded.devices,
         )
+        failpoints.hit("attach.packed")
         try:
             await self._attachments.attach(attach_id, memfd)
         finally:
@@ -220,6 +223,7 @@ class Images:
         async with self._lock(attach_id):
             if self._mounter.is_mounted(target):
                 await self._mounter.unmount(target)
+                failpoints.hit("unmount.done")
             await self._attachments.detach(attach_id)
 
     def _lock(self, key: object) -> asyncio.Lock:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import structlog
 
+from snapshotter import failpoints
 from snapshotter.errors import ConfigError
 from snapshotter.snapshots import sidecar
 from snapshotter.snapshots.directories import Directories, RootAttributes
@@ -35,6 +36,7 @@ def open_store(root: Path) -> Store:
         for suffix in ("-wal", "-shm", ""):
             if Path(f"{path}{suffix}").exists():
                 Path(f"{path}{suffix}").rename(f"{aside}{suffix}")
+        failpoints.hit("recover.aside")
         return Store(path, lambda: _remembered(root))
 
 
@@ -117,5 +119,6 @@ def reconcile(store: Store, directories: Directories) -> None:
             continue
         path = directories.make("remote", RootAttributes())
         sidecar.write(path, entry, durable=True)
+        failpoints.hit("reconcile.made")
         directories.place(path, row.id)
         log.warning("directory of a remote snapshot made again", id=row.id)

@@ -77,6 +77,7 @@ class Snapshotter:
         if ref:
             request = LayerRequest(namespace, labels, ref, self._chain_id(above))
             verdict = await self._images.resolve(request)
+            failpoints.hit("prepare.resolved")
             if verdict.kind != "ordinary":
                 self._provide(plugin, above, ref, labels, verdict)
                 raise AlreadyExists(f"layer {ref}: nothing to unpack, it is read on demand")
@@ -165,6 +166,7 @@ class Snapshotter:
                 f"snapshot {key[:200]!r}: what was unpacked here was never verified and is not committed"
             )
         usage = await self._measure(active.id)
+        failpoints.hit("commit.measured")
         with self._store.transaction():
             entry = self._store.commit(plugin, active, name, parent, labels, usage)
             sidecar.write(self._directories.path(active.id), entry, durable=False)
@@ -182,6 +184,8 @@ class Snapshotter:
             entry = self._store.set_labels(plugin, row, changed)
             if self._directories.path(row.id).is_dir():
                 sidecar.write(self._directories.path(row.id), entry, durable=False)
+            failpoints.hit("update.written")
+        failpoints.hit("update.done")
         return entry.info
 
     def remove(self, plugin: str, name: str) -> None:
@@ -267,9 +271,11 @@ class Snapshotter:
             entry = sidecar.read(self._directories.path(number))
             if entry is None or entry.image is not None:
                 await self._unmount(number)
+                failpoints.hit("cleanup.unmounted")
             name = self._directories.retire(name).name
         failpoints.hit("cleanup.retired")
         await asyncio.to_thread(directories.destroy, self._directories.base / name)
+        failpoints.hit("cleanup.destroyed")
 
     async def drain(self) -> None:
         """Unmount the images; one that is in use stays."""

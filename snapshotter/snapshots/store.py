@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from snapshotter import failpoints
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from snapshotter.snapshots.model import Info, Kind, Labels, Usage
 from snapshotter.snapshots.remote import ImageRecord
@@ -169,6 +170,7 @@ class Store:
                     self.insert(entry)
                 # What was removed before is not known any more: go on far above, where no id of ours has been.
                 self._db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?)", (int(time.time()),))
+                failpoints.hit("recover.inserted")
         (application,) = self._db.execute("PRAGMA application_id").fetchone()
         if application != _APPLICATION:
             raise DamagedStore("not a database of snapshots")

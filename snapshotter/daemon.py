@@ -57,6 +57,9 @@ class LaterImages:
     async def resolve(self, request: LayerRequest) -> LayerVerdict:
         return await (await asyncio.shield(self.images)).resolve(request)
 
+    async def stored(self, record: ImageRecord) -> int:
+        return await (await asyncio.shield(self.images)).stored(record)
+
     async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
         await (await asyncio.shield(self.images)).mount(attach_id, record, target)
 

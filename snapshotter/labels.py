@@ -5,6 +5,7 @@ input from whoever made the image.
 """
 
 SNAPSHOT_REF = "containerd.io/snapshot.ref"  # chain id of the layer being prepared
+PARENT_CHAIN_ID = "containerd.io/snapshot/parent-chain-id"  # of the layer below it (containerd 2.3+)
 CRI_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
 CRI_LAYER_DIGEST = "containerd.io/snapshot/cri.layer-digest"
 CRI_MANIFEST_DIGEST = "containerd.io/snapshot/cri.manifest-digest"

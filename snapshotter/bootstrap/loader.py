@@ -114,6 +114,14 @@ class Loader:
         except OSError as error:
             log.info("bootstrap layer not cached", bootstrap=digest, error=error.strerror)
 
+    async def stored(self, digest: Digest) -> int:
+        """Bytes on disk of a bootstrap layer in the cache, 0 if it is not there."""
+        try:
+            status = await asyncio.to_thread((self._directory / digest.hex).lstat)
+        except OSError:
+            return 0
+        return status.st_blocks * 512
+
     async def _stock(self, image: LazyImage, opened: "OpenedLayer") -> list[BlobDevice]:
         async def read(digest: Digest, size: int, offset: int, length: int) -> bytes:
             return await self._source.read_range(image.source, digest, offset, length, size)

@@ -129,6 +129,21 @@ def _empty(directory: int, top: int, depth: int) -> None:
                 os.rename(entry.name, f".{secrets.token_hex(16)}", src_dir_fd=directory, dst_dir_fd=top)
 
 
+def own(path: Path, *names: str) -> Usage:
+    """Of a directory and the files `names` in it, and of nothing else there."""
+    found = []
+    for each in (path, *(path / name for name in names)):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(_size(each.lstat()))
+    return Usage(sum(found), len(found))
+
+
+def _size(status: os.stat_result) -> int:
+    """Directories count even where they have no block of their own, and so a snapshot is never nothing."""
+    blocks = status.st_blocks * 512
+    return max(blocks, status.st_size) if stat.S_ISDIR(status.st_mode) else blocks
+
+
 def measure(path: Path) -> Usage:
     """Blocks and inodes below and including `path`; what has several links counts once, what vanishes does not.
 
@@ -136,7 +151,7 @@ def measure(path: Path) -> Usage:
     """
     top = os.open(path, _OPEN)
     stack = [(top, os.scandir(top))]
-    size, inodes = os.fstat(top).st_blocks * 512, 1
+    size, inodes = _size(os.fstat(top)), 1
     linked: set[tuple[int, int]] = set()
     try:
         while stack:
@@ -160,7 +175,7 @@ def measure(path: Path) -> Usage:
                 if (status.st_dev, status.st_ino) in linked:
                     continue
                 linked.add((status.st_dev, status.st_ino))
-            size, inodes = size + status.st_blocks * 512, inodes + 1
+            size, inodes = size + _size(status), inodes + 1
     finally:
         for directory, entries in stack:
             entries.close()

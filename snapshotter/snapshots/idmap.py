@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from snapshotter.errors import InvalidArgument
-from snapshotter.labels import GID_MAPPING, UID_MAPPING
+from snapshotter.labels import GID_MAPPING, SNAPSHOT_REF, UID_MAPPING
 from snapshotter.snapshots.directories import RootAttributes
 from snapshotter.snapshots.model import Labels
 
@@ -37,7 +37,12 @@ class IdMap:
 
     @classmethod
     def of(cls, labels: Labels) -> Self | None:
-        """None without labels. Raises InvalidArgument unless both are mappings that have a root user and group."""
+        """None without labels. Raises InvalidArgument unless both are mappings that have a root user and group.
+
+        A layer that is unpacked belongs to no container: such labels on it are annotations from whoever made the image.
+        """
+        if labels.get(SNAPSHOT_REF):
+            return None
         uids, gids = labels.get(UID_MAPPING, ""), labels.get(GID_MAPPING, "")
         if not uids and not gids:
             return None

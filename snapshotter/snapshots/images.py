@@ -170,6 +170,10 @@ class Images:
             told |= {"kind": _kind(loaded), "blobs": len(loaded.devices), "bootstrap": len(loaded.bootstrap)}
             return loaded
 
+    async def stored(self, record: ImageRecord) -> int:
+        """Of the bootstrap layer: 0 if it is not in the cache."""
+        return await self._loader.stored(Digest.parse(record.bootstrap))
+
     async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
         """Idempotent: attach the image if the data plane does not hold it, then mount its EROFS at `target`."""
         async with self._lock(attach_id):

@@ -48,6 +48,9 @@ class RemoteImages(Protocol):
     async def resolve(self, request: LayerRequest) -> LayerVerdict:
         """Verify the image of this layer for this caller. Raises SnapshotterError to refuse."""
 
+    async def stored(self, record: ImageRecord) -> int:
+        """Bytes that the image's own metadata takes up in the cache. Chunks are the node's, not an image's."""
+
     async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
         """Attach the image to the data plane and mount its EROFS at `target`; done already is fine."""
 

@@ -27,7 +27,7 @@ from snapshotter.errors import (
     SnapshotterError,
 )
 from snapshotter.image.claim import SEND_LABELS
-from snapshotter.labels import NYDUS_BLOB, NYDUS_BOOTSTRAP, SNAPSHOT_REF, UID_MAPPING
+from snapshotter.labels import NYDUS_BLOB, NYDUS_BOOTSTRAP, PARENT_CHAIN_ID, SNAPSHOT_REF, UID_MAPPING
 from snapshotter.mounts.drivers import overlay_of
 from snapshotter.mounts.mountinfo import read_mounts
 from snapshotter.snapshots import directories, overlay, recovery, sidecar
@@ -73,6 +73,11 @@ class Snapshotter:
         if not ref and (NYDUS_BLOB in labels or NYDUS_BOOTSTRAP in labels):
             raise FailedPrecondition(
                 f"a layer that is read on demand came without label {SNAPSHOT_REF}", hint=SEND_LABELS
+            )
+        if ref and labels.get(PARENT_CHAIN_ID) and above is None:
+            raise FailedPrecondition(
+                f"layer {ref} is to be unpacked without the layers below it, which would lose what it deletes",
+                hint='remove "rebase" from the capabilities of the proxy plugin',
             )
         if ref:
             request = LayerRequest(namespace, labels, ref, self._chain_id(above))
@@ -205,8 +210,15 @@ class Snapshotter:
         return self._store.info(plugin, name)
 
     async def usage(self, plugin: str, name: str) -> Usage:
-        """Of this snapshot alone: measured now, or when it was committed. Raises NotFound."""
+        """Of this snapshot alone: measured now, or when it was committed. Raises NotFound.
+
+        A layer that was not unpacked takes up what is kept to remember it and, of an image, its metadata in the cache.
+        """
         row = self._store.get(plugin, name)
+        if row.ref is not None:
+            size, inodes = await asyncio.to_thread(directories.own, self._directories.path(row.id), sidecar.NAME)
+            record = self._store.image(row.id)
+            return Usage(size + await self._images.stored(record), inodes + 1) if record else Usage(size, inodes)
         return row.usage if row.kind is Kind.COMMITTED else await self._measure(row.id)
 
     async def walk(self, plugin: str, filters: Sequence[str]) -> AsyncIterator[Sequence[Info]]:

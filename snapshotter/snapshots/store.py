@@ -284,6 +284,10 @@ class Store:
         query = "SELECT id FROM snapshot WHERE name = ? OR substr(name, -length(?)) = ?"
         return [number for (number,) in self._db.execute(query, (key, f"/{key}", f"/{key}"))]
 
+    def image(self, number: int) -> ImageRecord | None:
+        found = self._db.execute("SELECT record FROM image WHERE id = ?", (number,)).fetchone()
+        return found and _decode(found[0])
+
     def images(self) -> dict[int, ImageRecord]:
         return {number: _decode(record) for number, record in self._db.execute("SELECT id, record FROM image")}
 
@@ -391,7 +395,7 @@ class Store:
         self._db.execute("UPDATE snapshot SET updated_ns = ? WHERE id = ?", (now, row.id))
         self._insert_labels(row.id, labels)
         changed = self.get(plugin, row.name)
-        return Entry(plugin, changed, self.labels(row.id), self.chain(row.id)[0].image)
+        return Entry(plugin, changed, self.labels(row.id), self.image(row.id))
 
     def delete(self, plugin: str, name: str) -> Row:
         """Raises NotFound, FailedPrecondition if it has children."""

@@ -10,6 +10,7 @@ from snapshotter.mounts.mountinfo import read_mounts
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
 
 VERDICT = "containerd.io/snapshot/test.verdict"  # data, image, ordinary, denied, broken
+STORED = 1_000_000  # what the metadata of every image takes up
 _MS_BIND = 4096
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,6 +45,9 @@ class FakeImages:
             record = ImageRecord("registry/app:1", digest, digest, request.chain_id, True, 0o700, 5, 6)
             return LayerVerdict("image", record)
         return LayerVerdict("ordinary")
+
+    async def stored(self, record: ImageRecord) -> int:
+        return STORED
 
     async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
         if not any(mount.point == str(target) for mount in read_mounts()):

@@ -11,11 +11,11 @@ import grpc
 import pytest
 
 from snapshotter.api import snapshots_pb2 as pb
-from snapshotter.labels import NYDUS_BOOTSTRAP, SNAPSHOT_REF
+from snapshotter.labels import NYDUS_BOOTSTRAP, PARENT_CHAIN_ID, SNAPSHOT_REF
 from snapshotter.snapshots.model import Kind
 from tests.conformance.client import Client
 from tests.conformance.daemon import Daemon
-from tests.conformance.images import VERDICT
+from tests.conformance.images import STORED, VERDICT
 from tests.conformance.layers import mounted
 from tests.harness.machine import mounts
 
@@ -163,6 +163,28 @@ def test_messages_above_four_mebibytes(sn: Client) -> None:
     labels = {f"key-{number}": "v" * 4000 for number in range(1500)}
     sn.prepare("key", labels=labels)
     assert sn.stat("key").labels == labels
+
+
+def test_a_commit_may_name_the_parent_of_a_snapshot_that_has_none(sn: Client) -> None:
+    base(sn, "one")
+    base(sn, "two")
+    sn.prepare("on-one", "one")
+    sn.prepare("active")
+    for key in ("a", "b", "c", "d"):
+        sn.prepare(key)
+    sn.commit("same", "on-one", parent="one")
+    sn.commit("moved", "a", parent="one")
+    sn.commit("alone", "b")
+    assert [sn.stat(name).parent for name in ("same", "moved", "alone")] == ["one", "one", ""]
+    sn.view("look", "moved")
+    assert refusal(sn.remove, "moved")[0] is Code.FAILED_PRECONDITION
+    assert refusal(sn.commit, "new", "c", {}, "no")[0] is Code.NOT_FOUND
+    assert refusal(sn.commit, "new", "c", {}, "active")[0] is Code.FAILED_PRECONDITION
+    sn.prepare("on-two", "two")
+    assert refusal(sn.commit, "new", "on-two", {}, "one")[0] is Code.INVALID_ARGUMENT
+    sn.commit("kept", "on-two")
+    assert sn.stat("kept").parent == "two"
+    assert "new" not in sn.names()
 
 
 # mounts and usage
@@ -344,7 +366,6 @@ def test_a_lazy_image(sn: Client, tmp_path: Path) -> None:
     middle = provide(sn, "sha256:2", bottom)
     top = provide(sn, "sha256:3", middle, "image")
     assert sn.stat(top).parent == middle
-    assert sn.usage(top) == (0, 0)
     with mounted(sn.prepare("container", top), tmp_path) as root:
         assert (root / "hello").read_text() == "hello"
         status = root.stat()
@@ -357,6 +378,19 @@ def test_a_lazy_image(sn: Client, tmp_path: Path) -> None:
     (mount,) = sn.mounts("container")
     lower = next(option for option in mount.options if option.startswith("lowerdir="))
     assert lower.count(":") == 0, "data layers contribute nothing"
+
+
+def test_usage_of_a_layer_that_was_not_unpacked(sn: Client) -> None:
+    bottom = provide(sn, "sha256:1")
+    top = provide(sn, "sha256:2", bottom, "image")
+    size, inodes = sn.usage(bottom)
+    assert inodes == 2, "its directory and what is remembered of it"
+    assert 0 < size < 32768
+    assert STORED < sn.usage(top)[0] < STORED + 32768
+    assert sn.usage(top)[1] == 3
+    sn.prepare("container", top)
+    assert sn.usage(top)[1] == 3, "what is mounted there is not looked at"
+    assert 0 < sn.usage("container")[0] < 32768, "not even on a tmpfs is it nothing"
 
 
 def test_ordinary_layers_above_a_lazy_image(sn: Client, tmp_path: Path) -> None:
@@ -440,6 +474,16 @@ def test_an_extraction_without_labels_is_an_ordinary_snapshot(sn: Client) -> Non
     assert sn.prepare("extract-2 sha256:1", labels={SNAPSHOT_REF: "sha256:1"})
     sn.commit("sha256:1", "extract-2 sha256:1", {SNAPSHOT_REF: "sha256:1"})
     assert sn.stat("sha256:1").kind is Kind.COMMITTED
+
+
+def test_a_layer_is_not_unpacked_without_those_below(sn: Client) -> None:
+    """What a client does in parallel that was told of capability `rebase`; to such a mount, a deletion is nothing."""
+    labels = {SNAPSHOT_REF: "sha256:2", PARENT_CHAIN_ID: "sha256:1"}
+    code, message, _ = refusal(sn.prepare, "extract", "", labels)
+    assert code is Code.FAILED_PRECONDITION
+    assert '"rebase"' in message
+    base(sn)
+    assert sn.prepare("extract", "base", labels)
 
 
 def test_only_verified_images_where_the_policy_says_so(daemon: Callable[..., Daemon], tmp_path: Path) -> None:

@@ -78,6 +78,16 @@ def test_a_client_that_has_changed_the_owners_itself(sn: Client, tmp_path: Path)
     assert sn.mounts("container") == [mount]
 
 
+def test_an_image_cannot_map_ids_of_its_layers(sn: Client) -> None:
+    """Annotations of layers come as labels when they are unpacked; newer clients leave these out."""
+    (mount,) = sn.prepare("extract", labels={SNAPSHOT_REF: "sha256:1", **IDS})
+    assert mount.options == ("rw", "rbind")
+    assert owner(Path(mount.source)) == (0, 0)
+    sn.commit("layer", "extract", {SNAPSHOT_REF: "sha256:1", **IDS})
+    (mount,) = sn.prepare("container", "layer")
+    assert not [option for option in mount.options if "map=" in option]
+
+
 @pytest.mark.parametrize(
     "labels",
     [

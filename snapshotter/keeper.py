@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from snapshotter import __version__, control, failpoints
 from snapshotter.loop import SIGNALS, Loop
 from snapshotter.mounts.syscalls import open_fuse_session
+from snapshotter.notify import Systemd
+from snapshotter.watchdog import Watchdog
 from snapshotter.workers import Trial, Worker, log
 
 MODULES = {"blobd": "snapshotter.ondemand.blobd", "snapshotd": "snapshotter.daemon"}
@@ -45,6 +47,7 @@ class Keeper:
         self.snapshotd = Worker("snapshotd", commands["snapshotd"], root)
         self.workers = [self.blobd, self.snapshotd]
         self.loop = Loop()
+        self.watchdog, self.systemd = Watchdog(self.workers, self.loop), Systemd()
         self.trial = Trial(trial)
 
     def run(self) -> int:
@@ -62,17 +65,23 @@ class Keeper:
         self.loop.watch(self.listener, self._accept)
         failpoints.hit("keeper.listens")
         log("info", "keeper runs", pid=os.getpid(), root=self.root, address=self.address, version=__version__)
-        self._announce()
         self._replace(living)
         while True:
             for worker in self.workers:
                 if not worker.pid and worker.due <= time.monotonic() and worker.start():
                     worker.watch(self.loop)
+            self.watchdog.step()
+            if not self.trial.runs:
+                self.systemd.serving([worker.name for worker in self.workers if not worker.ready])
+            # While blobd is away its descriptors are here alone: whatever else is wrong, systemd must not kill us.
+            self.systemd.alive(well=not self.watchdog.helpless or not self.blobd.ready)
             dead = [worker.due - time.monotonic() for worker in self.workers if not worker.pid]
-            self.loop.step(min(3600, self.trial.remaining(), *dead))
+            pauses = (self.trial.remaining(), self.watchdog.remaining(), self.systemd.remaining())
+            self.loop.step(min(*pauses, *dead))
             if not self.trial.runs and self.loop.told(signal.SIGHUP):
                 self.loop.forget_signals(signal.SIGHUP)
                 log("info", "reload: trying what is installed")
+                self.systemd.reloading()
                 self.trial.start(self.loop, self._tried)
             if self.loop.told(*STOP):
                 return self._shut_down()
@@ -138,20 +147,14 @@ class Keeper:
             for worker in self.workers:
                 if worker.name == name:
                     worker.announced(pid)
-            self._announce()
             failpoints.hit("keeper.ready")
             yield {}, ()
         elif op == "status":
             pids = {"keeper": os.getpid()} | {worker.name: worker.pid for worker in self.workers}
-            yield {"version": __version__, "pids": pids}, ()
+            counts = {w.name: {"starts": w.starts, "hangs": w.hangs, "ready": w.ready} for w in self.workers}
+            yield {"version": __version__, "pids": pids, "workers": counts}, ()
         else:
             yield {"error": f"no such request: {str(op)[:40]} {name[:40]}", "reason": "invalid-argument"}, ()
-
-    def _announce(self) -> None:
-        """Tell systemd, once, that both workers serve (sd_notify(3))."""
-        if "NOTIFY_SOCKET" in os.environ and all(worker.ready for worker in self.workers):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-                sock.sendto(b"READY=1", os.environ.pop("NOTIFY_SOCKET").replace("@", "\0", 1))
 
     def _end(self, workers: list[Worker], number: int, seconds: float) -> None:
         """Signal the workers and serve them until they are gone, `seconds` are over, or we are told to stop (again)."""
@@ -161,6 +164,7 @@ class Keeper:
 
     def _shut_down(self) -> int:
         log("info", "shutting down")
+        self.systemd.stopping()
         self.loop.forget_signals(*SIGNALS)
         self._end([self.snapshotd], signal.SIGTERM, DRAIN_SECONDS)
         self.snapshotd.kill(signal.SIGKILL)
@@ -193,7 +197,8 @@ class Keeper:
         handover = {**self.store, "lock": self.lock}
         living = {worker.name: (worker.pid, worker.pidfd) for worker in self.workers if worker.pid}
         descriptors = [*handover.values(), *(pidfd for _, pidfd in living.values())]
-        os.environ |= {HANDOVER: json.dumps(handover), HANDED_WORKERS: json.dumps(living)}
+        names = {HANDOVER: json.dumps(handover), HANDED_WORKERS: json.dumps(living), **self.systemd.environment}
+        os.environ |= names
         for fd in descriptors:
             os.set_inheritable(fd, True)
         failpoints.hit("keeper.hands-over")
@@ -203,7 +208,8 @@ class Keeper:
             log("error", "reload failed, going on as before", error=str(error))
         for fd in descriptors:
             os.set_inheritable(fd, False)
-        del os.environ[HANDOVER], os.environ[HANDED_WORKERS]
+        for name in names:
+            del os.environ[name]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _replace(self, living: dict[str, tuple[int, int]]) -> None:

@@ -34,9 +34,10 @@ class Worker:
 
     def __init__(self, name: str, command: list[str], root: str) -> None:
         self.name, self.command = name, command
-        self._lock, self._socket = f"{root}/{name}.lock", f"{root}/{name}.sock"
+        self._lock, self.socket = f"{root}/{name}.lock", f"{root}/{name}.sock"
         self.pid, self.pidfd, self.ready = 0, -1, False
         self.due, self._started, self._delay = 0.0, 0.0, FIRST_DELAY
+        self.starts = self.hangs = 0  # how often it was started, and killed for not answering
 
     def start(self) -> bool:
         # A session of its own: Ctrl-C and hang-up reach the keeper alone, and workers outlive its terminal.
@@ -51,6 +52,7 @@ class Worker:
             return False
         failpoints.hit("keeper.started-worker")
         self.take_over(pid, os.pidfd_open(pid))
+        self.starts += 1
         log("info", "worker started", worker=self.name, pid=pid)
         return True
 
@@ -66,7 +68,7 @@ class Worker:
                 self.take_over(pid, os.pidfd_open(pid))
                 return self._destroy()
             try:
-                found, _ = control.fetch_all(self._socket, {"op": "dump"}, timeout=30)
+                found, _ = control.fetch_all(self.socket, {"op": "dump"}, timeout=30)
             except (OSError, EOFError):  # it may be starting or ending
                 time.sleep(0.1)
         if not found or pid is None:

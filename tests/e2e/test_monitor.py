@@ -1,5 +1,8 @@
 """What an operator sees of a node with containerd: the story of an image, and logs whose lines belong together."""
 
+import os
+import signal
+import sys
 from typing import Any
 
 import pytest
@@ -7,8 +10,30 @@ import pytest
 from snapshotter import control
 from tests.e2e.conftest import Images, Node, NodeMaker
 from tests.e2e.test_images import READ_ALL, expected
+from tests.harness.containerd import Containerd
+from tests.harness.machine import Work, alive, until
+from tests.harness.process import Process
+from tests.harness.serve import Serve
 
 pytestmark = [pytest.mark.root, pytest.mark.real]
+
+
+IMPATIENT = """
+import sys
+from snapshotter import keeper, watchdog
+watchdog.PROBE_SECONDS = 0.4
+sys.exit(keeper.main(sys.argv[1:]))
+"""
+
+
+class Impatient(Serve):
+    """A `serve` whose keeper gives workers two seconds to answer instead of thirty."""
+
+    def spawn(self) -> Process:
+        flags = {"--root": self.root, "--cache": self.cache, "--address": self.address, "--config": self.config}
+        command = [sys.executable, "-P", "-c", IMPATIENT, *(word for flag in flags.items() for word in flag)]
+        self.process = Process(self._work, f"{self.name}-serve", command, environment=self.environment)
+        return self.process
 
 
 def explain(guest: Node, worker: str, **about: str) -> list[dict[str, Any]]:
@@ -66,5 +91,23 @@ def test_lines_of_one_call_share_its_id_in_both_workers(node: NodeMaker, images:
         assert {event["process"] for event in same} == {"blobd", "snapshotd"}
         assert [event["event"] for event in same][-1] == "rpc"
         assert any(event["event"] == "image mounted" for event in same)
+    finally:
+        container.kill()
+
+
+def test_a_container_reads_on_when_blobd_freezes(work: Work, images: Images) -> None:
+    daemon = Impatient(work, settings={"keys": {"files": [str(images.key)]}, "cache": {"quota": 0}})
+    guest = Node(work, daemon, Containerd(work, "containerd", plugins={"coco": daemon.address}))
+    reference = guest.pull(images.sealed())
+    container = guest.containerd.start(reference, "/bin/sleep", "1000")
+    container.wait_running()
+    try:
+        frozen = daemon.pids()["blobd"]
+        os.kill(frozen, signal.SIGSTOP)
+        assert container.exec("/bin/sh", "-c", READ_ALL).stdout == expected()
+        until(lambda: not alive(frozen), "the frozen blobd is killed", 20)
+        daemon.wait_replaced("blobd", frozen)
+        counts = control.request(daemon.root / "keeper.sock", {"op": "status"})[0]["workers"]
+        assert counts["blobd"]["hangs"] == 1
     finally:
         container.kill()

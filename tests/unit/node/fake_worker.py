@@ -3,10 +3,12 @@
 A blobd whose root has a file `busy` serves images: it stays on SIGTERM.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from snapshotter import control
@@ -25,6 +27,8 @@ def main(name: str, root: str) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, told)
+    while Path(root, f"mute-{name}").exists():  # never serves
+        time.sleep(0.02)
     lock = control.take_lock(f"{root}/{name}.lock", 5)
     held, _ = control.fetch_all(f"{root}/keeper.sock", {"op": "list"})
     if name == "blobd":
@@ -37,7 +41,7 @@ def main(name: str, root: str) -> None:
     control.request(f"{root}/keeper.sock", {"op": "ready", "name": name})
     while lock:
         peer, _ = listener.accept()
-        with peer:
+        with peer, contextlib.suppress(BrokenPipeError):  # whoever asked has gone
             try:
                 message, fds = control.receive(peer)
             except EOFError:

@@ -59,5 +59,6 @@ def test_unit_leaves_workers_and_mounts_alone() -> None:
     unit = (DEPLOY / "coco-snapshotter.service").read_text()
     lines = {line for line in unit.splitlines() if not line.startswith("#")}
     assert {"KillMode=process", "Restart=always", "OOMPolicy=continue", "ExecReload=/bin/kill -HUP $MAINPID"} <= lines
+    assert {"Type=notify", "WatchdogSec=90"} <= lines
     own_namespace = ("Private", "Protect", "ReadOnly", "ReadWrite", "Inaccessible", "Bind", "Temporary", "Mount")
     assert not [line for line in lines if line.startswith(own_namespace)]

@@ -316,24 +316,6 @@ def test_second_stop_signal_ends_blobd_too(node: Node) -> None:
     assert not alive(old["blobd"])
 
 
-def test_readiness_is_told_to_systemd_when_both_workers_serve(work: Work) -> None:
-    path = work.path / "notify"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(path))
-        manager.settimeout(20)
-        os.environ["NOTIFY_SOCKET"] = str(path)
-        try:
-            node = Node(work)
-        finally:
-            del os.environ["NOTIFY_SOCKET"]
-        assert manager.recv(100) == b"READY=1"
-        node.kill("blobd")
-        until(node.ready, "blobd answers", 10)
-        manager.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            manager.recv(100)
-
-
 def test_keeper_is_small(node: Node) -> None:
     status = Path(f"/proc/{node.keeper.pid}/status").read_text()
     assert int(status.split("VmRSS:")[1].split()[0]) < 16 << 10

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapshotter import __version__
-from snapshotter.cli import housekeeping, image, kbs, node
+from snapshotter.cli import audit, housekeeping, image, kbs, node
 from snapshotter.errors import SnapshotterError
 
 _DESCRIPTION = """\
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     housekeeping.register(commands)
     image.register(commands)
     kbs.register(commands)
+    audit.register(commands)
     return top
 
 

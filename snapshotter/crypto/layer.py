@@ -54,11 +54,15 @@ class LayerPublic:
 
 @dataclass(frozen=True, slots=True)
 class LayerPrivate:
-    """Private options: what a recipient learns. `digest` names the layer before encryption; nobody verifies it."""
+    """Private options: what a recipient learns. `digest` names the layer before encryption; nobody verifies it.
+
+    `kek` is the name of the key that opened them, for the audit log.
+    """
 
     symkey: SecretBytes
     nonce: bytes = field(repr=False)
     digest: str
+    kek: str = field(default="", compare=False)
 
     def pack(self) -> SecretBytes:
         return SecretBytes(
@@ -71,7 +75,7 @@ class LayerPrivate:
         )
 
     @classmethod
-    def parse(cls, raw: SecretBytes) -> "LayerPrivate":
+    def parse(cls, raw: SecretBytes, kek: str = "") -> "LayerPrivate":
         """Raises MalformedImage, which says which check failed and nothing of the content."""
         what = "private layer options"
         value = encoding.json_object(raw.expose() if len(raw) else b"", what, _OPTIONS_BYTES)
@@ -85,7 +89,7 @@ class LayerPrivate:
         digest = encoding.string(value, "digest", what) if "digest" in value else ""
         if not _DIGEST.fullmatch(digest):
             raise MalformedImage(f"{what}: digest is not one")
-        return cls(SecretBytes(symkey), nonce, digest)
+        return cls(SecretBytes(symkey), nonce, digest, kek)
 
 
 def encrypt(plain: bytes | bytearray | memoryview) -> tuple[bytes, LayerPublic, LayerPrivate]:

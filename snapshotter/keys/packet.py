@@ -143,6 +143,6 @@ class PacketKeys:
         if packet.wrap_type not in self._wrap_types:
             raise _not_authenticated()
         with await self._resources.get(packet.kid) as kek, packet.open(kek) as options:
-            private = LayerPrivate.parse(options)
+            private = LayerPrivate.parse(options, str(packet.kid))
         log.info("layer key released", kid=str(packet.kid))
         return private

@@ -27,6 +27,7 @@ from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import ConfigError, KeyDenied, MalformedImage, SnapshotterError, Unavailable
 from snapshotter.keys import annotations as enc
+from snapshotter.keys import wrapping
 
 log = structlog.get_logger(__name__)
 
@@ -148,7 +149,9 @@ class ProviderKeys:
             for packet in enc.packets(annotations, ANNOTATION_PREFIX + name, limits):
                 try:
                     with _options(await endpoint.call(_request(packet)), name) as options:
-                        return LayerPrivate.parse(options)
+                        return LayerPrivate.parse(
+                            options, wrapping.recipient(f"provider.{name}", packet) or f"provider:{name}"
+                        )
                 except SnapshotterError as error:
                     log.info("key provider refused", provider=name, error=str(error), reason=error.reason)
                     refusals.append(error)

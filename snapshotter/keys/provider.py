@@ -68,13 +68,14 @@ class FileKeys:
     def _first(self, packets: Sequence[tuple[_Unwrap, bytes]], limits: Limits) -> LayerPrivate:
         broken: MalformedImage | LimitExceeded | None = None
         for unwrap, packet in packets:
-            try:
-                with unwrap(packet, self._keys, max_recipients=limits.recipients) as options:
-                    return LayerPrivate.parse(options)
-            except KeyDenied:
-                continue
-            except (MalformedImage, LimitExceeded) as error:
-                broken = broken or error
+            for key in self._keys:
+                try:
+                    with unwrap(packet, [key], max_recipients=limits.recipients) as options:
+                        return LayerPrivate.parse(options, f"jwk:{key.kid}")
+                except KeyDenied:
+                    continue
+                except (MalformedImage, LimitExceeded) as error:
+                    broken = broken or error
         raise broken or KeyDenied(jwe.no_key(self._keys))
 
 

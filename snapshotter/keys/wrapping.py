@@ -47,6 +47,11 @@ def restrict(annotations: Mapping[str, str], keep: Callable[[Wrapped], bool], li
     return rest | {name: enc.join(packets) for name, packets in kept.items()}
 
 
+def recipient(scheme: str, raw: bytes) -> str:
+    """Whose key opens a packet; "" if it does not say. Raises as `describe`."""
+    return _details(scheme, raw)[1]
+
+
 def _details(scheme: str, raw: bytes) -> tuple[frozenset[str], str]:
     if scheme == "jwe":
         return _jwe_ciphers(raw), ""

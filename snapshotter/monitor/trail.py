@@ -8,14 +8,24 @@ import contextlib
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 from snapshotter.errors import SnapshotterError
+from snapshotter.log import bound_request
 from snapshotter.monitor.journal import Journal
 from snapshotter.monitor.tally import Counts, Histograms
 
 Fields = dict[str, str | float | None]
 
-_about: ContextVar[str] = ContextVar("image", default="")
+
+class _Subject(NamedTuple):
+    image: str  # a manifest digest
+    reference: str
+    namespace: str
+
+
+_NOTHING = _Subject("", "", "")
+_about: ContextVar[_Subject] = ContextVar("image", default=_NOTHING)
 
 
 class Trail:
@@ -27,18 +37,24 @@ class Trail:
         self.keys = Counts()  # layer keys asked for, by who was asked and outcome
 
     @contextlib.contextmanager
-    def about(self, image: str, reference: str) -> Iterator[None]:
+    def about(self, image: str, reference: str, namespace: str = "") -> Iterator[None]:
         """What is noted inside, by this task and those it starts, is about this image (a manifest digest)."""
         self.journal.name(image, reference)
-        token = _about.set(image)
+        token = _about.set(_Subject(image, reference, namespace))
         try:
             yield
         finally:
             _about.reset(token)
 
     def note(self, event: str, **fields: str | float | None) -> None:
-        if image := _about.get():
+        if image := _about.get().image:
             self.journal.note(image, event, **fields)
+
+    def subject(self) -> dict[str, str]:
+        """Which image this task is about, and for whom, in the words of the audit log."""
+        image, reference, namespace = _about.get()
+        request = bound_request() or ""
+        return {"namespace": namespace, "request": request, "image": reference, "manifest": image}
 
     @contextlib.contextmanager
     def timed(self, phase: str, **fields: str | float | None) -> Iterator[Fields]:

@@ -114,7 +114,7 @@ class Images:
         if not _lazy(request.labels) and not self._policy.restricts_ordinary:
             return LayerVerdict("ordinary", None)
         claim = LayerClaim.of(request.labels, request.chain_id, request.parent_chain)
-        verdict = await self._verdict(claim)
+        verdict = await self._verdict(claim, request.namespace)
         if isinstance(verdict, OrdinaryImage):
             return LayerVerdict("ordinary", None)
         kind = self._place(claim, verdict.image, verdict.chain)
@@ -137,14 +137,14 @@ class Images:
                 return "image" if index == len(digests) - 1 else "data"
         raise _chain_mismatch(claim, image)
 
-    async def _verdict(self, claim: LayerClaim) -> Verdict | OrdinaryImage:
+    async def _verdict(self, claim: LayerClaim, namespace: str) -> Verdict | OrdinaryImage:
         key = (claim.image, claim.manifest)
         async with self._lock(key):
             known = self._verdicts.get(key)
             if known is not None:
                 self._verdicts.move_to_end(key)
                 return known
-            with self._trail.about(claim.manifest or claim.image, claim.image):
+            with self._trail.about(claim.manifest or claim.image, claim.image, namespace):
                 image = await self._resolve(claim)
                 verdict: Verdict | OrdinaryImage
                 if isinstance(image, LazyImage):

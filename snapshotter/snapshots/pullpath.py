@@ -12,6 +12,8 @@ from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
 from snapshotter.image.sigstore import CosignSignatures, KeptSignatures, Lookaside, SignatureSource
 from snapshotter.keys import configured
+from snapshotter.keys.audit import AuditedKeys, AuditLog
+from snapshotter.keys.provider import KeyProvider
 from snapshotter.monitor.trail import Trail
 from snapshotter.registry.client import RegistryClient
 from snapshotter.snapshots.images import Attachments, Images, Mounter
@@ -24,14 +26,19 @@ async def open_images(
 ) -> AsyncIterator[Images]:
     """The images of this node, with connections to registries and key brokers. Raises ConfigError."""
     policy = ImagePolicy.of(settings.mode, settings.policy)
-    provider = configured.provider(settings.keys, lambda name, keys: WatchedKeys(name, keys, trail))
-    async with RegistryClient(settings.registry, settings.limits) as registry:
-        cache, limits = Path(settings.cache_dir), settings.limits
-        source = WatchedSource(registry, trail)
-        documents = DocumentCache(source, cache / "documents", limits)
-        loader = Loader(source, provider, cache, limits, must_be_sealed=policy.must_be_sealed)
-        resolver = Resolver(documents, origin(settings, policy, documents), limits)
-        yield Images(documents, resolver, loader, policy, attachments, mounter, trail)
+    cache, limits = Path(settings.cache_dir), settings.limits
+    with contextlib.closing(AuditLog(Path(settings.root))) as audit:
+
+        def watch(name: str, keys: KeyProvider) -> KeyProvider:
+            return AuditedKeys(name, WatchedKeys(name, keys, trail), audit, trail.subject)
+
+        provider = configured.provider(settings.keys, watch)
+        async with RegistryClient(settings.registry, limits) as registry:
+            source = WatchedSource(registry, trail)
+            documents = DocumentCache(source, cache / "documents", limits)
+            loader = Loader(source, provider, cache, limits, must_be_sealed=policy.must_be_sealed)
+            resolver = Resolver(documents, origin(settings, policy, documents), limits)
+            yield Images(documents, resolver, loader, policy, attachments, mounter, trail)
 
 
 def origin(settings: Config, policy: ImagePolicy, documents: DocumentCache) -> Origin:

@@ -162,5 +162,11 @@ def test_a_node_pulls_with_a_key_of_the_broker(work: Work, node: NodeMaker, imag
         assert guest.shell(guest.pull(image), READ_ALL) == expected()
     else:
         assert refused(guest, image) == "no-key"
+    shown = serve.program(work, "audit", "--root", guest.daemon.root, "--json")
+    assert shown.returncode == 0, shown.stderr
+    entry = json.loads(shown.stdout.splitlines()[-1])
+    outcome = "released" if allowed else "no-key"
+    expect = {"namespace": "k8s.io", "image": image.by_digest, "by": "kbs", "kek": f"kbs:///{NAME}", "outcome": outcome}
+    assert expect.items() <= entry.items()
     for secret in broker.secrets:
         assert secret not in guest.daemon.log()

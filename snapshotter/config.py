@@ -17,6 +17,7 @@ KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 
 _UNITS = {"": 1, "B": 1, "KiB": KiB, "MiB": MiB, "GiB": GiB, "TiB": 1 << 40}
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]iB|B)?")
+_SHARE = re.compile(r"(\d\d?)%")
 
 
 class Size(int):
@@ -28,6 +29,21 @@ class Size(int):
         if not match:
             raise ValueError(f"not a size: {text[:40]!r}; write bytes or a unit such as '10GiB'")
         return cls(int(match[1]) * _UNITS[match[2] or ""])
+
+
+class Reserve(str):
+    """Space that is to stay free: a size, or a share of the disk such as "5%"."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Reserve":
+        if not _SHARE.fullmatch(text):
+            Size.parse(text)
+        return cls(text)
+
+    def of(self, total: int) -> int:
+        """In bytes, on a disk of `total`."""
+        share = _SHARE.fullmatch(self)
+        return total * int(share[1]) // 100 if share else Size.parse(self)
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -109,6 +125,7 @@ class Cache(Section, frozen=True):
     """The untrusted ciphertext cache."""
 
     quota: Size = Size(10 * GiB)  # 0: nothing is kept
+    min_free: Reserve = Reserve("5%")  # of the disk that cache_dir is on; with less, the cache shrinks
 
 
 class Fetch(Section, frozen=True):
@@ -185,6 +202,8 @@ def _decode(kind: type, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return Size(value)
         raise ValueError(f"not a size: {value!r}")
+    if kind is Reserve and isinstance(value, str):
+        return Reserve.parse(value)
     raise NotImplementedError(kind)  # pragma: no cover - msgspec asks only for Size
 
 

@@ -3,8 +3,12 @@
 Nothing in it is believed: whoever uses an entry verifies it. Anybody may delete, cut, swap or replace files and
 directories here at any time, so every operation looks again and no failure is more than a miss. Directories are held
 open and entries opened without following links, so that a link planted here leads nowhere.
+
+The cache gives way: it stays within its quota, leaves `min_free` of the disk to others, and stops writing for a while
+when the disk does not take it. It says so once, not once a chunk.
 """
 
+import errno
 import os
 import stat
 import threading
@@ -19,6 +23,7 @@ import structlog
 
 from snapshotter import failpoints
 from snapshotter.blobs.chunks import Counters
+from snapshotter.config import Reserve
 
 log = structlog.get_logger(__name__)
 
@@ -26,7 +31,10 @@ _BUCKETS = 256
 _TOUCH_SECONDS = 3600  # an entry's mtime is its last use, at this resolution
 _AGE_SECONDS = 600  # resolution of eviction
 _LOW_WATERMARK = 0.9  # of the quota, after an eviction
+_RELIEF = 1.25  # of the reserve is free, after the disk had less than the reserve
+_FULL_SHARE = 0.1  # of the cache goes when the disk says that it is full, whatever it says is free
 _PAUSE_SECONDS = 10.0  # after a failed write nothing is written for so long
+_NO_RESERVE = Reserve("0")
 _TEMPORARY = ".new-"
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -43,9 +51,10 @@ class Entry(NamedTuple):
 class ChunkCache:
     """Chunks by their 32-byte names, at most `quota` bytes of them (0: nothing is kept). Thread-safe."""
 
-    def __init__(self, directory: Path, quota: int, counters: Counters) -> None:
+    def __init__(self, directory: Path, quota: int, counters: Counters, min_free: Reserve = _NO_RESERVE) -> None:
         self._path = directory
         self._quota = quota
+        self._min_free = min_free
         self._counters = counters
         self._buckets: list[int] = [-1] * _BUCKETS
         self._opening = threading.Lock()
@@ -54,13 +63,16 @@ class ChunkCache:
         self._bytes = 0
         self._entries = 0
         self._paused_until = 0.0
+        self._trouble = ""  # why nothing was written last; "" if it was
+        self._short = False  # the disk has less than the reserve
+        self._full = False  # the disk refused a write for lack of space or inodes
         self._serial = 0
         self._next_bucket = 0
 
     @property
     def keeps(self) -> bool:
         """Whether a `put` now is likely to be kept."""
-        return self._quota > 0 and time.monotonic() >= self._paused_until
+        return self._quota > 0 and not self._short and time.monotonic() >= self._paused_until
 
     def stats(self) -> dict[str, int]:
         """Bytes and entries as far as known: what others deleted is noticed at the next eviction."""
@@ -104,7 +116,7 @@ class ChunkCache:
 
     def put(self, name: bytes, data: bytes | memoryview) -> bool:
         """Keep a chunk, evicting others if need be. False if that is impossible, which is never an error."""
-        if not self.keeps or len(data) > self._quota:
+        if not self.keeps or len(data) > self._quota or not self._has_room(len(data)):
             return False
         if self._bytes + len(data) > self._quota:
             self._evict(len(data))
@@ -116,11 +128,26 @@ class ChunkCache:
                 grown = self._write(name, data)
         except OSError as error:
             self._counters.add("cache_errors")
+            self._full = self._full or error.errno in (errno.ENOSPC, errno.EDQUOT)
             self._paused_until = time.monotonic() + _PAUSE_SECONDS
-            log.info("chunk not cached", error=error.strerror)
+            self._say(error.strerror or str(error))
             return False
         self._add(*grown)
+        self._say("")
         return True
+
+    def relieve(self) -> None:
+        """Give space back if the disk has too little. To be called every few seconds, where it may take a while."""
+        free, reserve = self._space()
+        if free < reserve or self._short or self._full:
+            held = self.stats()["bytes"]
+            excess = max(int(reserve * _RELIEF) - free, int(held * _FULL_SHARE) if self._full else 0)
+            size, entries = self.shrink(max(0, held - excess), None)
+            if entries:
+                log.info("cache gave way to the disk", bytes=size, entries=entries)
+            self._full = False
+            free, reserve = self._space()
+            self._short = free < reserve
 
     def drop(self, name: bytes) -> None:
         """Forget an entry that turned out to be bad."""
@@ -152,6 +179,34 @@ class ChunkCache:
             if fd >= 0:
                 os.close(fd)
                 self._buckets[bucket] = -1
+
+    def _space(self) -> tuple[int, int]:
+        """Bytes that are free on the disk, and that are to stay so."""
+        try:
+            disk = os.statvfs(self._path)
+        except OSError:  # nothing is there yet; a disk that fails will say so itself
+            return 0, 0
+        return disk.f_bavail * disk.f_frsize, self._min_free.of(disk.f_blocks * disk.f_frsize)
+
+    def _has_room(self, needed: int) -> bool:
+        free, reserve = self._space()
+        if reserve and free - needed < reserve:
+            self._short = True
+            self._say("the disk is short of space")
+        return not self._short
+
+    def _say(self, trouble: str) -> None:
+        """Log a change from working to not working, from one reason to another, or back."""
+        if trouble == self._trouble:
+            return
+        with self._sums:
+            before, self._trouble = self._trouble, trouble
+        if trouble == before:  # another thread was faster
+            return
+        if trouble:
+            log.warning("chunks are not cached", error=trouble, directory=str(self._path))
+        else:
+            log.info("chunks are cached again")
 
     def _write(self, name: bytes, data: bytes | memoryview) -> tuple[int, int]:
         """Write beside and rename, so that readers see the whole or nothing. Returns growth in bytes and entries."""

@@ -42,6 +42,7 @@ log = structlog.get_logger(__name__)
 
 _SESSION = ("fuse", "fuse-root", "session", "listen-blobd")
 _LOCK_SECONDS = 5.0
+_RELIEVE_SECONDS = 5.0  # what others can write before the cache gives way; they have `min_free` until then
 _DETACH_SECONDS = 5.0  # the kernel closes an image's files a moment after its last unmount
 _PR_SET_DUMPABLE = 4
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -60,7 +61,9 @@ class Blobd:
         self._counters = Counters()
         cpus = len(os.sched_getaffinity(0))
         executor = ThreadPoolExecutor(cpus, thread_name_prefix="decode")
-        self._cache = ChunkCache(Path(settings.cache_dir) / "chunks", settings.cache.quota, self._counters)
+        self._cache = ChunkCache(
+            Path(settings.cache_dir) / "chunks", settings.cache.quota, self._counters, settings.cache.min_free
+        )
         decoded = DecodedChunks(settings.fetch.decoded)
 
         def make_fetcher(repository: str, counters: ImageCounters) -> Fetcher:
@@ -95,7 +98,14 @@ class Blobd:
         self._session.start()
         failpoints.hit("blobd.took-over")
         self._server.start()
-        asyncio.get_running_loop().run_in_executor(None, self._cache.scan)
+        self._tending = asyncio.create_task(self._tend_cache())
+
+    async def _tend_cache(self) -> None:
+        """Count what the cache holds, then keep an eye on its disk."""
+        await asyncio.to_thread(self._cache.scan)
+        while True:
+            await asyncio.to_thread(self._cache.relieve)
+            await asyncio.sleep(_RELIEVE_SECONDS)
 
     @property
     def open_files(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 import grpc
 import structlog
 
-from snapshotter.errors import Exhausted, SnapshotterError
+from snapshotter.errors import Exhausted, FailedPrecondition, SnapshotterError
 from snapshotter.log import bind_request
 from snapshotter.monitor.tally import Counts, Histograms
 
@@ -32,6 +32,9 @@ _NAMESPACE = "containerd-namespace"
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")  # W3C Trace Context
 _GIVEN = re.compile(r"[0-9A-Za-z._-]{1,64}")
 _NAME_CHARACTERS = 120  # of a key in the log
+
+
+_ERRNOS = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_READONLY: errno.EROFS}  # by primary result code
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -159,9 +162,15 @@ def translate(error: Exception) -> SnapshotterError | None:
     if isinstance(error, SnapshotterError):
         return error
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return (Exhausted if full else SnapshotterError)(f"state directory: {error.strerror}")
+        return _unwritable(error.errno, f"state directory: {error.strerror}")
     if isinstance(error, sqlite3.OperationalError):
-        full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
-        return (Exhausted if full else SnapshotterError)(f"metadata database: {error}")
+        return _unwritable(_ERRNOS.get(error.sqlite_errorcode & 0xFF), f"metadata database: {error}")
     return None
+
+
+def _unwritable(number: int | None, text: str) -> SnapshotterError:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return Exhausted(text, hint="make room on the disk of root")
+    if number == errno.EROFS:
+        return FailedPrecondition(text, reason="read-only", hint="the disk of root must be writable")
+    return SnapshotterError(text)

@@ -33,6 +33,7 @@ from snapshotter.snapshots.model import Info, Kind, Labels, Usage
 from snapshotter.snapshots.remote import ImageRecord
 
 VERSION = 1
+_LOG_BYTES = 5 << 20  # more than the write-ahead log grows to between checkpoints
 _APPLICATION = 0x636F636F  # "coco", in the file's header
 _SCHEMA = f"""
 CREATE TABLE snapshot (
@@ -146,6 +147,7 @@ class Store:
         self._db = sqlite3.connect(path, isolation_level=None, timeout=10)
         try:
             self._prepare(known)
+            _allocate(f"{path}-wal", _LOG_BYTES)
         except sqlite3.OperationalError:  # locked, no space, I/O error: says nothing about the content
             self._db.close()
             raise
@@ -422,6 +424,16 @@ class Entry(NamedTuple):
     @property
     def info(self) -> Info:
         return _info(self.row, dict(self.labels))
+
+
+def _allocate(path: str, size: int) -> None:
+    """Have the space of the write-ahead log from the beginning: on a full disk, snapshots can still be removed."""
+    with contextlib.suppress(OSError):  # full already
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        finally:
+            os.close(fd)
 
 
 def refuse_newer(db: sqlite3.Connection) -> None:

@@ -143,6 +143,7 @@ def test_links_planted_as_directories_lead_nowhere(directory: Path, tmp_path: Pa
     cache.close()
 
 
+@pytest.mark.allow_warnings
 def test_a_link_in_place_of_the_whole_cache_is_not_followed(directory: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -203,6 +204,7 @@ def test_one_entry_larger_than_the_quota_is_not_kept(directory: Path) -> None:
     cache.close()
 
 
+@pytest.mark.allow_warnings
 def test_a_failing_disk_is_left_alone_for_a_while(
     cache: ChunkCache, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

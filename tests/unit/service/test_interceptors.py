@@ -48,7 +48,10 @@ async def stub(tmp_path: Path) -> AsyncIterator[SnapshotsStub]:
         (NotFound("snapshot x does not exist"), Code.NOT_FOUND, "snapshot x does not exist", "not-found"),
         (KeyDenied("no key"), Code.PERMISSION_DENIED, "no key reason=no-key", "no-key"),
         (RuntimeError("secret text"), Code.INTERNAL, "internal error", "internal"),
-        (OSError(errno.ENOSPC, "x"), Code.RESOURCE_EXHAUSTED, "state directory: x reason=no-space", "no-space"),
+        (OSError(errno.ENOSPC, "x"), Code.RESOURCE_EXHAUSTED,
+         "state directory: x (make room on the disk of root) reason=no-space", "no-space"),
+        (OSError(errno.EROFS, "x"), Code.FAILED_PRECONDITION,
+         "state directory: x (the disk of root must be writable) reason=read-only", "read-only"),
     ],
 )  # fmt: skip
 async def test_statuses(

@@ -3,7 +3,7 @@
 import errno
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,25 +12,23 @@ import pytest
 from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters
 from snapshotter.config import MiB, Reserve
-from tests.harness.machine import Work
+from tests.harness.machine import unmount, until
 from tests.unit.blobs.test_cache import name
 
 pytestmark = pytest.mark.root
 
 CHUNK = 64 << 10
+MakeDisk = Callable[[str], "Disk"]
 SAYS = "chunks are not cached"
 
 
 class Disk:
     """A tmpfs of 16 MiB with a cache on it."""
 
-    def __init__(self, work: Work, reserve: str, quota: int = 1 << 30) -> None:
-        self.path = work.directory("disk")
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", self.path], check=True)
-        work.stack.callback(subprocess.run, ["umount", self.path], check=True)
+    def __init__(self, path: Path, reserve: str) -> None:
+        self.path = path
         self.counters = Counters()
-        self.cache = ChunkCache(self.path / "chunks", quota, self.counters, Reserve(reserve))
-        work.stack.callback(self.cache.close)
+        self.cache = ChunkCache(path / "chunks", 1 << 30, self.counters, Reserve(reserve))
 
     def remount(self, options: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
@@ -56,6 +54,22 @@ def _hear(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
+    """Makes a disk with the given reserve. Others on this machine may look into it when it is to go."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", tmp_path], check=True)
+    made: list[Disk] = []
+
+    def make(reserve: str) -> Disk:
+        made.append(Disk(tmp_path, reserve))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.cache.close()
+    until(lambda: unmount(str(tmp_path)), "the disk is unmounted", 10)
+
+
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "cached" in record.getMessage()]
 
@@ -63,40 +77,40 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.allow_warnings
 @pytest.mark.parametrize("reserve", ["4MiB", "25%"])
 def test_the_cache_grows_no_further_than_the_reserve(
-    work: Work, reserve: str, caplog: pytest.LogCaptureFixture
+    disk: MakeDisk, reserve: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk = Disk(work, reserve)
-    kept = disk.put(range(400))
-    assert 4 * MiB <= disk.free < 5 * MiB
+    tmpfs = disk(reserve)
+    kept = tmpfs.put(range(400))
+    assert 4 * MiB <= tmpfs.free < 5 * MiB
     assert 150 < len(kept) < 200
-    assert not disk.cache.keeps
+    assert not tmpfs.cache.keeps
     assert said(caplog) == [SAYS]
-    disk.cache.relieve()
-    assert 5 * MiB <= disk.free < 6 * MiB
-    disk.cache.relieve()
-    assert disk.cache.keeps
-    assert disk.put(range(500, 502)) == [500, 501]
+    tmpfs.cache.relieve()
+    assert 5 * MiB <= tmpfs.free < 6 * MiB
+    tmpfs.cache.relieve()
+    assert tmpfs.cache.keeps
+    assert tmpfs.put(range(500, 502)) == [500, 501]
     assert said(caplog) == [SAYS, "chunks are cached again"]
-    assert 0 < disk.counters.snapshot()["evictions"] < 30
+    assert 0 < tmpfs.counters.snapshot()["evictions"] < 30
 
 
 @pytest.mark.allow_warnings
-def test_the_cache_gives_way_to_what_others_write_and_comes_back(work: Work) -> None:
-    disk = Disk(work, "4MiB")
-    kept = disk.put(range(100))
-    disk.fill(leaving=3 * MiB)
-    disk.cache.relieve()
-    assert 5 * MiB <= disk.free < 6 * MiB
-    left = disk.cache.stats()
+def test_the_cache_gives_way_to_what_others_write_and_comes_back(disk: MakeDisk) -> None:
+    tmpfs = disk("4MiB")
+    kept = tmpfs.put(range(100))
+    tmpfs.fill(leaving=3 * MiB)
+    tmpfs.cache.relieve()
+    assert 5 * MiB <= tmpfs.free < 6 * MiB
+    left = tmpfs.cache.stats()
     assert 0 < left["entries"] < len(kept)
-    disk.fill(leaving=0)
-    disk.cache.relieve()
-    assert disk.cache.stats() == {"bytes": 0, "entries": 0}
-    disk.fill(leaving=0)
-    assert disk.put(range(10)) == []
-    (disk.path / "filler").unlink()
-    disk.cache.relieve()
-    assert disk.put(range(10)) == list(range(10))
+    tmpfs.fill(leaving=0)
+    tmpfs.cache.relieve()
+    assert tmpfs.cache.stats() == {"bytes": 0, "entries": 0}
+    tmpfs.fill(leaving=0)
+    assert tmpfs.put(range(10)) == []
+    (tmpfs.path / "filler").unlink()
+    tmpfs.cache.relieve()
+    assert tmpfs.put(range(10)) == list(range(10))
 
 
 def _full(disk: Disk) -> Callable[[], object]:
@@ -117,51 +131,51 @@ def _no_inodes(disk: Disk) -> Callable[[], object]:
 @pytest.mark.allow_warnings
 @pytest.mark.parametrize("trouble", [_full, _read_only, _no_inodes])
 def test_a_disk_that_takes_nothing_is_said_once_and_costs_no_entry_that_is_there(
-    work: Work,
+    disk: MakeDisk,
     trouble: Callable[[Disk], Callable[[], object]],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("snapshotter.blobs.cache._PAUSE_SECONDS", 0)
-    disk = Disk(work, "0")
-    kept = disk.put(range(20))
+    tmpfs = disk("0")
+    kept = tmpfs.put(range(20))
     assert kept == list(range(20))
-    repair = trouble(disk)
-    assert disk.put(range(100, 200)) == []
-    assert all(disk.cache.get(name(number), CHUNK) for number in kept)
+    repair = trouble(tmpfs)
+    assert tmpfs.put(range(100, 200)) == []
+    assert all(tmpfs.cache.get(name(number), CHUNK) for number in kept)
     assert said(caplog) == [SAYS]
     repair()
-    disk.cache.relieve()
-    assert disk.put(range(100, 102)) == [100, 101]
+    tmpfs.cache.relieve()
+    assert tmpfs.put(range(100, 102)) == [100, 101]
     assert said(caplog) == [SAYS, "chunks are cached again"]
-    assert not list(disk.path.rglob(".new-*"))
+    assert not list(tmpfs.path.rglob(".new-*"))
 
 
 @pytest.mark.allow_warnings
-def test_a_disk_without_inodes_gets_some_back(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_inodes_gets_some_back(disk: MakeDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has free space, so the reserve does not help."""
     monkeypatch.setattr("snapshotter.blobs.cache._PAUSE_SECONDS", 0)
-    disk = Disk(work, "4MiB")
-    disk.put(range(100))
-    _no_inodes(disk)
-    assert disk.put(range(100, 110)) == []
-    disk.cache.relieve()
-    assert len(disk.put(range(200, 205))) == 5
+    tmpfs = disk("4MiB")
+    tmpfs.put(range(100))
+    _no_inodes(tmpfs)
+    assert tmpfs.put(range(100, 110)) == []
+    tmpfs.cache.relieve()
+    assert len(tmpfs.put(range(200, 205))) == 5
 
 
 @pytest.mark.allow_warnings
 def test_an_input_output_error_is_no_more_than_a_miss(
-    work: Work, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    disk: MakeDisk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    disk = Disk(work, "0")
-    disk.put(range(3))
+    tmpfs = disk("0")
+    tmpfs.put(range(3))
     for call in ("write", "read"):
         monkeypatch.setattr(os, call, fail)
-    assert disk.put(range(10, 20)) == []
-    assert disk.cache.get(name(1), CHUNK) is None
+    assert tmpfs.put(range(10, 20)) == []
+    assert tmpfs.cache.get(name(1), CHUNK) is None
     assert said(caplog) == [SAYS]
 
 

@@ -1,0 +1,1 @@
+"""State as releases have left it, which every later program opens."""

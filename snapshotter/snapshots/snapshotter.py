@@ -34,6 +34,7 @@ from snapshotter.snapshots import directories, overlay, recovery, sidecar
 from snapshotter.snapshots.directories import Directories, RootAttributes
 from snapshotter.snapshots.filters import Filter
 from snapshotter.snapshots.idmap import IdMap
+from snapshotter.snapshots.measurements import Measurements
 from snapshotter.snapshots.model import Info, Kind, Labels, Mount, Usage
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages
 from snapshotter.snapshots.store import Entry, Layer, Row, Store
@@ -54,6 +55,7 @@ class Snapshotter:
         self._directories = Directories(root)
         self._images = images
         self._limits = limits
+        self._measurements = Measurements(self._measure)
         self._overlay_options = overlay.options()
         self._cleaner: asyncio.Task[None]
         self._cleaning = asyncio.Lock()
@@ -170,12 +172,13 @@ class Snapshotter:
             raise PolicyDenied(
                 f"snapshot {key[:200]!r}: what was unpacked here was never verified and is not committed"
             )
-        usage = await self._measure(active.id)
+        usage = await asyncio.to_thread(self._measure, active.id)
         failpoints.hit("commit.measured")
         with self._store.transaction():
             entry = self._store.commit(plugin, active, name, parent, labels, usage)
             sidecar.write(self._directories.path(active.id), entry, durable=False)
             failpoints.hit("commit.written")
+        self._measurements.forget(active.id)
         failpoints.hit("commit.done")
 
     def update(self, plugin: str, name: str, labels: Labels, paths: Sequence[str]) -> Info:
@@ -198,6 +201,7 @@ class Snapshotter:
         with self._store.transaction():
             row = self._store.delete(plugin, name)
             failpoints.hit("remove.deleted")
+        self._measurements.forget(row.id)
         failpoints.hit("remove.done")
         if row.kind is not Kind.COMMITTED or row.ref is None:  # a directory that may hold a mount is for `cleanup`
             with contextlib.suppress(OSError):
@@ -210,7 +214,7 @@ class Snapshotter:
         return self._store.info(plugin, name)
 
     async def usage(self, plugin: str, name: str) -> Usage:
-        """Of this snapshot alone: measured now, or when it was committed. Raises NotFound.
+        """Of this snapshot alone: measured when it was committed, or else lately. Raises NotFound.
 
         A layer that was not unpacked takes up what is kept to remember it and, of an image, its metadata in the cache.
         """
@@ -219,7 +223,7 @@ class Snapshotter:
             size, inodes = await asyncio.to_thread(directories.own, self._directories.path(row.id), sidecar.NAME)
             record = self._store.image(row.id)
             return Usage(size + await self._images.stored(record), inodes + 1) if record else Usage(size, inodes)
-        return row.usage if row.kind is Kind.COMMITTED else await self._measure(row.id)
+        return row.usage if row.kind is Kind.COMMITTED else await self._measurements.usage(row.id)
 
     async def walk(self, plugin: str, filters: Sequence[str]) -> AsyncIterator[Sequence[Info]]:
         """Batches of those that match; nothing is held between batches. Raises InvalidArgument for a bad filter."""
@@ -355,9 +359,9 @@ class Snapshotter:
     def _lock(self, number: int) -> asyncio.Lock:
         return self._locks.setdefault(number, asyncio.Lock())
 
-    async def _measure(self, number: int) -> Usage:
+    def _measure(self, number: int) -> Usage:
         try:
-            return await asyncio.to_thread(directories.measure, self._directories.files(number))
+            return directories.measure(self._directories.files(number))
         except FileNotFoundError:
             raise _lost(number) from None
 

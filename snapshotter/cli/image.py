@@ -110,7 +110,7 @@ def _common(command: argparse.ArgumentParser, *, keys: bool = False) -> None:
     command.add_argument(
         "--platform",
         metavar="P",
-        default=_platform(),
+        default=this_platform(),
         help="os/architecture[/variant] to take from an index (default: %(default)s)",
     )
     command.add_argument(
@@ -197,7 +197,8 @@ def _source_date_epoch() -> int | None:
     return int(text)
 
 
-def _platform() -> str:
+def this_platform() -> str:
+    """The one images are chosen for on this machine."""
     machine = os.uname().machine
     return f"linux/{ {'x86_64': 'amd64', 'aarch64': 'arm64'}.get(machine, machine) }"
 

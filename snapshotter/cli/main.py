@@ -12,6 +12,7 @@ from typing import Any
 
 from snapshotter import __version__
 from snapshotter.cli import audit, housekeeping, image, kbs, node
+from snapshotter.cli.doctor import command as doctor
 from snapshotter.errors import SnapshotterError
 
 _DESCRIPTION = """\
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     node.register(commands)
     housekeeping.register(commands)
+    doctor.register(commands)
     image.register(commands)
     kbs.register(commands)
     audit.register(commands)

@@ -25,7 +25,7 @@ def check(config: Config) -> None:
     if config.mode == "confidential":
         _check_apart(root, Path(os.path.realpath(config.cache_dir)), Path(os.path.realpath(config.address)))
         _check_trusted(root, config.trusted_devices)
-        _check_swap(config.trusted_devices, Path("/proc/swaps").read_text())
+        check_swap(config.trusted_devices, Path("/proc/swaps").read_text())
 
 
 def _check_owner(root: Path) -> None:
@@ -71,7 +71,7 @@ def _check_trusted(root: Path, trusted: Sequence[str]) -> None:
     )
 
 
-def _check_swap(trusted: Sequence[str], swaps: str) -> None:
+def check_swap(trusted: Sequence[str], swaps: str) -> None:
     """Keys and decrypted file contents are memory: they must not be swapped out to where the host reads them."""
     for line in swaps.splitlines()[1:]:
         path = line.split()[0]

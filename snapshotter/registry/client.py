@@ -301,6 +301,11 @@ class RegistryClient:
         if answer.status in TRANSIENT_STATUS:
             raise RegistryUnavailable(f"{host.url.origin()}: answers {answer.status}")
 
+    @property
+    def met_no_ranges(self) -> bool:
+        """Whether some host has lately answered a request for a part of a blob with all of it."""
+        return bool(self._without_ranges)
+
     def _span(self, digest: Digest, start: int, stop: int, size: int) -> Span:
         if size > self._limits.blob_bytes:
             raise LimitExceeded(f"blob {digest}: {size} bytes are more than limits.blob_bytes")

@@ -90,6 +90,7 @@ class Operations:
 
     async def _row(self, plugin: str, info: Info) -> control.Message:
         row: control.Message = {
+            "id": self._store.get(plugin, info.name).id,
             "plugin": plugin,
             "name": info.name,
             "parent": info.parent,

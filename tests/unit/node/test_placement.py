@@ -135,7 +135,7 @@ def test_confidential_refuses_a_socket_inside_the_cache(memory: Path, tmp_path: 
 def test_confidential_refuses_swap_that_the_host_can_read(line: str, trusted: tuple[str, ...], fine: bool) -> None:
     text = re.sub(" +", "\t", f"Filename Type Size Used Priority\n{line}\n")
     if fine:
-        placement._check_swap(trusted, text)
+        placement.check_swap(trusted, text)
     else:
         with pytest.raises(ConfigError, match="swap space"):
-            placement._check_swap(trusted, text)
+            placement.check_swap(trusted, text)

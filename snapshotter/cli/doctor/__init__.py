@@ -1,0 +1,1 @@
+"""`doctor`: looks at everything that a node needs, and says what to change. See `command`."""

@@ -1,0 +1,135 @@
+"""One image, from its registry to its key: what a pull on this node would meet. Nothing is kept."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+from snapshotter.cli.doctor.check import Check, Checks, Node, Result, Skipped, fail, ok, warn
+from snapshotter.cli.image import this_platform
+from snapshotter.cli.opened import resolve
+from snapshotter.errors import (
+    KeyDenied,
+    NotFound,
+    PolicyDenied,
+    RegistryDenied,
+    SnapshotterError,
+    Unavailable,
+)
+from snapshotter.image.manifest import ResolvedImage
+from snapshotter.image.policy import ImagePolicy
+from snapshotter.image.resolver import LazyImage, OrdinaryImage
+from snapshotter.keys import configured
+from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.reference import Reference
+
+
+class _Look(NamedTuple):
+    client: RegistryClient
+    reference: Reference
+    resolved: ResolvedImage
+    image: LazyImage | OrdinaryImage
+
+
+@contextlib.asynccontextmanager
+async def _looking(node: Node) -> AsyncIterator[_Look]:
+    """Raises what resolving the image raises."""
+    if not node.image:
+        raise Skipped("--image REF says which image")
+    reference = Reference.parse(node.image.removeprefix("docker://"))
+    async with RegistryClient(node.config.registry, node.config.limits) as client:
+        resolved, image = await resolve(client, reference, this_platform(), node.config)
+        yield _Look(client, reference, resolved, image)
+
+
+async def manifest(node: Node) -> Result:
+    """The registry answers, its credentials are right, the image is well-formed."""
+    try:
+        async with _looking(node) as look:
+            return ok(f"{look.resolved.manifest_digest}, {len(look.resolved.manifest.layers)} layers")
+    except RegistryDenied as error:
+        return fail(str(error), '[registry] docker_config = "/root/.docker/config.json", with credentials for it')
+    except NotFound as error:
+        return fail(str(error), "the name, the tag, and the platform")
+    except Unavailable as error:
+        advice = "the registry, DNS, proxy and firewall; [registry] plain_http or ca_file if it is a private one"
+        return fail(str(error), advice)
+    except SnapshotterError as error:
+        return fail(str(error), "push the image again from its source")
+
+
+@contextlib.asynccontextmanager
+async def _resolved(node: Node) -> AsyncIterator[_Look]:
+    """For checks that need an image to look at."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            look = await stack.enter_async_context(_looking(node))
+        except SnapshotterError:
+            raise Skipped("image-manifest says why") from None
+        yield look
+
+
+async def kind(node: Node) -> Result:
+    async with _resolved(node) as look:
+        if isinstance(look.image, LazyImage):
+            return ok("sealed" if look.image.encrypted else "plain, read on demand")
+        if node.config.mode == "confidential":
+            return fail(
+                "an ordinary image, which mode confidential refuses", "coco-snapshotter convert … --recipient …"
+            )
+        return warn("an ordinary image: containerd downloads all of it", "coco-snapshotter convert makes it lazy")
+
+
+async def policy(node: Node) -> Result:
+    """Whether it may run here under the name it was given."""
+    async with _resolved(node) as look:
+        digests = [digest for digest in (look.reference.digest, look.resolved.manifest_digest) if digest]
+        rules = ImagePolicy.of(node.config.mode, node.config.policy)
+        try:
+            return ok(f"admitted: {rules.admit(look.reference, digests).rule}")
+        except PolicyDenied as error:
+            name = f"{look.reference.host}/{look.reference.repository}@{look.resolved.manifest_digest}"
+            return fail(str(error), f'pull {name}, or [policy] pins = ["{name}"]')
+
+
+async def ranges(node: Node) -> Result:
+    """Reading on demand asks for parts of blobs (206), which some registries and proxies do not serve."""
+    async with _resolved(node) as look:
+        layer = max(look.resolved.manifest.layers, key=lambda layer: layer.size)
+        place = max(layer.size - 2, 0)
+        try:
+            source = look.reference.pinned(look.resolved.manifest_digest)
+            await look.client.read_range(source, layer.digest, place, min(1, layer.size), layer.size)
+        except SnapshotterError as error:
+            return fail(str(error), "a registry, mirror or proxy that serves Range requests")
+        if look.client.met_no_ranges:
+            return fail(
+                f"{look.reference.host} answers a Range request with the whole blob: every read downloads a layer",
+                "a registry, mirror or proxy that serves Range requests",
+            )
+        return ok("the registry serves parts of blobs")
+
+
+async def key(node: Node) -> Result:
+    """Whether some key of ours, or a broker, opens the image."""
+    async with _resolved(node) as look:
+        if not isinstance(look.image, LazyImage) or not look.image.encrypted:
+            raise Skipped("the image is not sealed")
+        try:
+            provider = configured.provider(node.config.keys)
+            with (await provider.unwrap(look.image.bootstrap.annotations, node.config.limits)).symkey:
+                return ok("a key of ours opens it")
+        except KeyDenied as error:
+            return fail(str(error), "wrap it for this node (convert --recipient), or ask the key broker's owner")
+        except Unavailable as error:
+            return fail(str(error), "the key service: see keys-services")
+        except SnapshotterError as error:
+            return fail(str(error), "convert the image again")
+
+
+CHECKS: Checks = (
+    Check("image-manifest", manifest),
+    Check("image-kind", kind),
+    Check("image-policy", policy),
+    Check("image-ranges", ranges),
+    Check("image-key", key),
+)

@@ -1,0 +1,1 @@
+"""Every check, on machines that were made up to fail it."""

@@ -107,6 +107,28 @@ class Policy(Section, frozen=True):
     repositories: tuple[RepositoryRule, ...] = ()
 
 
+class CredentialProviders(Section, frozen=True):
+    """The kubelet's programs for short-lived logins."""
+
+    config: str = ""  # path of a CredentialProviderConfig in JSON; "" = none
+    bin_dir: str = ""
+
+
+class KubeSecrets(Section, frozen=True):
+    """Pull secrets in a Kubernetes cluster."""
+
+    kubeconfig: str = ""  # path of a kubeconfig in JSON, or "in-cluster"; "" = none
+    namespaces: tuple[str, ...] = ()  # () = all
+    label_selector: str = ""
+
+
+class ImageService(Section, frozen=True):
+    """A CRI image service for the kubelet, which passes everything on and remembers logins."""
+
+    listen: str = ""  # path of its Unix socket; "" = none
+    backend: str = "/run/containerd/containerd.sock"
+
+
 class Registry(Section, frozen=True):
     """How registries are spoken to."""
 
@@ -119,6 +141,9 @@ class Registry(Section, frozen=True):
     progress_timeout_seconds: float = 30.0  # no byte for this long: abort the read and resume
     total_timeout_seconds: float = 120.0  # then EIO
     retries: int = 5
+    credential_providers: CredentialProviders = CredentialProviders()
+    kube_secrets: KubeSecrets = KubeSecrets()
+    image_service: ImageService = ImageService()
 
 
 class Cache(Section, frozen=True):
@@ -170,6 +195,8 @@ class Limits(Section, frozen=True):
     xattr_bytes: Size = Size(1 * MiB)  # of one inode
     symlink_bytes: int = 4095
     token_bytes: Size = Size(64 * KiB)  # an answer of a token server
+    credential_bytes: Size = Size(64 * KiB)  # an answer of a credential helper or provider, a login sent with a pull
+    kube_secrets_bytes: Size = Size(16 * MiB)  # a list of secrets
     annotation_bytes: Size = Size(64 * KiB)  # all annotations of one descriptor
     recipients: int = 64  # wrapped keys of one layer
     tar_entry_header_bytes: Size = Size(1 * MiB)  # PAX or GNU extension records of one tar entry (converter)

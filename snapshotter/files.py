@@ -1,11 +1,16 @@
-"""Reading files that somebody else may have replaced, and writing files that survive a crash."""
+"""Reading files that somebody else may have replaced, writing files that survive a crash, and files in memory."""
 
+import fcntl
 import os
 import stat
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from snapshotter import failpoints
+
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # Python 3.11 has the names only when built on a system that has them
+_SEALS = 1 | 2 | 4 | 8  # SEAL, SHRINK, GROW, WRITE
 
 
 def read_regular(path: Path, limit: int) -> bytes | None:
@@ -52,3 +57,24 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def seal_memfd(name: str, parts: Sequence[tuple[int, bytes | memoryview]]) -> int:
+    """A memfd with these parts at their places, which nobody can change any more. The caller owns it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        for place, part in parts:
+            rest = memoryview(part)
+            while rest:
+                written = os.pwrite(fd, rest, place)
+                place, rest = place + written, rest[written:]
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def is_sealed(fd: int) -> bool:
+    """Whether `fd` was made by `seal_memfd`. Raises OSError if it is no memfd."""
+    return fcntl.fcntl(fd, _F_GET_SEALS) & _SEALS == _SEALS

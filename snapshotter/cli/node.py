@@ -73,6 +73,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     """Check everything that can be wrong from the start, then become the keeper: same pid, a fraction of the memory."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the keeper handles it: there is nothing to reload yet
     from snapshotter import log
+    from snapshotter.credentials import configured as credentials
     from snapshotter.image.initdata import with_initdata
     from snapshotter.image.policy import ImagePolicy
     from snapshotter.keys import configured
@@ -85,6 +86,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     config = with_initdata(config)
     ImagePolicy.of(config.mode, config.policy)
     configured.provider(config.keys)
+    credentials.check(config.registry)
     recovery.refuse_newer_database(Path(config.root))
     if arguments.check:
         for module in _PARTS:

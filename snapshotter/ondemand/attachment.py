@@ -11,7 +11,6 @@ Made by snapshotd from verified tables, kept by the keeper, mapped by blobd. It 
 file system. A lookup is a bisect over the index: no Python object per chunk exists.
 """
 
-import fcntl
 import mmap
 import os
 import struct
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from snapshotter.blobs.chunks import Chunk
 from snapshotter.digest import Digest
 from snapshotter.errors import InvalidArgument, MalformedImage
+from snapshotter.files import is_sealed, seal_memfd
 from snapshotter.formats.blobmeta import FLAG_BATCH, FLAG_COMPRESSED, FLAG_ZRAN, ChunkTable
 
 MAX_IMAGE_ID = (1 << 40) - 1
@@ -35,8 +35,6 @@ _BLOB = struct.Struct("<32sQQIIIIQQ")
 _RECORD = struct.Struct("<QQIII4x32s32s")
 _PAGE = 4096
 _UNREADABLE = FLAG_ZRAN | FLAG_BATCH  # such chunks cannot be read on their own
-_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # Python 3.11 has the names only when built on a system that has them
-_SEALS = 1 | 2 | 4 | 8  # SEAL, SHRINK, GROW, WRITE
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ class Attachment:
 
     def __init__(self, fd: int) -> None:
         """Take over a memfd made by `pack`. Raises MalformedImage, and then the caller keeps `fd`."""
-        if fcntl.fcntl(fd, _F_GET_SEALS) & _SEALS != _SEALS:
+        if not is_sealed(fd):
             raise MalformedImage("attachment is not sealed", reason="internal")
         size = os.fstat(fd).st_size
         if size < _HEADER.size:
@@ -170,7 +168,7 @@ def pack(
         place, len(name), bootstrap_place, len(bootstrap),
     )  # fmt: skip
     parts.insert(0, (0, header + b"".join(descriptors)))
-    return _memfd(f"image-{image_id}", parts)
+    return seal_memfd(f"image-{image_id}", parts)
 
 
 def _tables(blob: BlobDevice) -> tuple[bytes, bytes]:
@@ -194,21 +192,6 @@ def _tables(blob: BlobDevice) -> tuple[bytes, bytes]:
             blob.digests[32 * number : 32 * number + 32], blob.secrets[32 * number : 32 * number + 32],
         )  # fmt: skip
     return index.tobytes(), bytes(records)
-
-
-def _memfd(name: str, parts: Sequence[tuple[int, bytes | memoryview]]) -> int:
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        for place, part in parts:
-            rest = memoryview(part)
-            while rest:
-                written = os.pwrite(fd, rest, place)
-                place, rest = place + written, rest[written:]
-        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _align(place: int, to: int) -> int:

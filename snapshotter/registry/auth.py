@@ -1,4 +1,4 @@
-"""How a registry is told who asks: challenges, credentials of a docker config.json, bearer tokens and their cache.
+"""How a registry is told who asks: challenges, logins, bearer tokens and their cache.
 
 Credentials go to the registry they are configured for and to the token server (realm) it names, nowhere else: never
 across a redirect, never over plain HTTP unless the registry itself is spoken to that way. Errors and reprs show none.
@@ -6,34 +6,31 @@ Sources: RFC 9110 §11, distribution docs/spec/auth/token.md and oauth.md.
 """
 
 import asyncio
-import base64
-import binascii
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, TypeAlias
 from urllib.parse import urlencode
-from weakref import WeakValueDictionary
 
 import msgspec
+import structlog
 from yarl import URL
 
 from snapshotter.config import Limits
-from snapshotter.crypto.secret import SecretBytes
-from snapshotter.errors import ConfigError, LimitExceeded, RegistryDenied
+from snapshotter.credentials.login import Login, Logins
+from snapshotter.errors import LimitExceeded, RegistryDenied, SnapshotterError, Unavailable
 from snapshotter.registry.endpoint import Endpoint, Scope
-from snapshotter.registry.reference import DOCKER_HUB
 from snapshotter.registry.retry import TRANSIENT_STATUS, Clock, Transient, retry_after_seconds
 from snapshotter.registry.wire import Answer, Wire
 
 _MAX_CHALLENGE = 8 << 10  # characters of all WWW-Authenticate headers of an answer
-_MAX_DOCKER_CONFIG = 1 << 20
 _MAX_GRANTS = 1024
 _DEFAULT_TOKEN_SECONDS = 60.0  # token.md: when expires_in is absent
 _LONGEST_TOKEN_SECONDS = 3600.0
+_MARGIN_SECONDS = 10.0  # so that a token does not expire on its way
+_RENEWAL_SECONDS = 30.0  # for a renewal that nobody waits for
+_RENEWAL_PAUSE_SECONDS = 5.0  # between two of them
 _CLIENT_ID = "coco-snapshotter"
 
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -41,6 +38,11 @@ _SCHEME = re.compile(rf"[\s,]*({_WORD})(?=[\s,]|\Z)(?!\s*=)")
 _TOKEN68 = re.compile(r"[ \t]+[A-Za-z0-9._~+/-]+=*[ \t]*(?=,|\Z)")
 _PARAMETER = re.compile(rf'[\s,]*({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
 _BEARER_TOKEN = re.compile(r"[!-~]+")
+
+
+log = structlog.get_logger(__name__)
+
+_Key: TypeAlias = tuple[Endpoint, Scope]
 
 
 class Challenge(NamedTuple):
@@ -78,152 +80,165 @@ def _parse_header(value: str) -> list[Challenge]:
     return challenges
 
 
-@dataclass(frozen=True, slots=True)
-class Login:
-    """What is configured for one registry: user and password, or an identity token (`username` is then "")."""
-
-    username: str
-    secret: SecretBytes
-
-    def basic(self) -> str:
-        """Value of an Authorization header (RFC 7617)."""
-        return "Basic " + base64.b64encode(self.username.encode() + b":" + self.secret.expose()).decode()
-
-
-class Logins(Protocol):
-    """Where credentials come from."""
-
-    def find(self, host: str) -> Login | None:
-        """For `host` as in a reference (`docker.io` for Docker Hub). Raises ConfigError."""
-
-
-class DockerConfig:
-    """The `auths` of a docker config.json, read anew each time: short-lived passwords are rotated in place."""
-
-    def __init__(self, path: str) -> None:
-        """`path` "": no credentials."""
-        self._path = path
-
-    def find(self, host: str) -> Login | None:
-        if not self._path:
-            return None
-        try:
-            with Path(self._path).open("rb") as file:
-                content = file.read(_MAX_DOCKER_CONFIG + 1)
-        except OSError as error:
-            raise ConfigError(f"config: registry.docker_config {self._path}: {error.strerror}") from None
-        return find_login(content, host, self._path)
-
-
-def find_login(content: bytes, host: str, path: str) -> Login | None:
-    """The login for `host` in a docker config.json. Raises ConfigError, which shows nothing of the content."""
-    bad = ConfigError(f"config: registry.docker_config {path}: not a docker config.json")
-    if len(content) > _MAX_DOCKER_CONFIG:
-        raise bad
-    try:
-        auths = json.loads(content).get("auths", {})
-        entry = next((entry for name, entry in auths.items() if _same_registry(name, host)), None)
-        if entry is None:
-            return None
-        if token := entry.get("identitytoken", ""):
-            return Login("", SecretBytes(token.encode()))
-        username, password = entry.get("username", ""), entry.get("password", "")
-        if auth := entry.get("auth", ""):
-            username, _, password = base64.b64decode(auth, validate=True).decode().partition(":")
-        return Login(username, SecretBytes(password.encode())) if username and password else None
-    except (ValueError, AttributeError, TypeError, RecursionError, binascii.Error):
-        raise bad from None
-
-
-def _same_registry(name: str, host: str) -> bool:
-    """Docker writes `host[:port]`, a URL of it, or for Docker Hub `https://index.docker.io/v1/`."""
-    bare, _, path = name.removeprefix("https://").removeprefix("http://").partition("/")
-    if path.strip("/") not in ("", "v1", "v2"):
-        return False
-    if bare in ("index.docker.io", "registry-1.docker.io"):
-        bare = DOCKER_HUB
-    return bare.lower() == host
-
-
 class _TokenAnswer(msgspec.Struct, frozen=True):
     token: str = ""
     access_token: str = ""
     expires_in: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Grant:
-    """An Authorization header, the challenge that it answers, and when to get a new one."""
+    """An Authorization header and the challenge that it answers."""
 
     header: str = field(repr=False)
     challenge: Challenge
+    renew_at: float  # from then on somebody should get a new one
     expires: float
 
 
 class Authenticator:
-    """Authorization headers by registry and scope. Parallel requests wait for one token, not for one each."""
+    """Authorization headers by registry and scope.
+
+    One request at a time asks for one, and all who want it wait for that. A header is renewed in the background when
+    two thirds of its life are over, so that nobody waits while it still works.
+    """
 
     def __init__(self, wire: Wire, logins: Logins, limits: Limits, clock: Clock) -> None:
         self._wire = wire
         self._logins = logins
         self._limits = limits
         self._clock = clock
-        self._grants: OrderedDict[tuple[Endpoint, Scope], _Grant] = OrderedDict()
-        self._locks: WeakValueDictionary[tuple[Endpoint, Scope], asyncio.Lock] = WeakValueDictionary()
+        self._grants: OrderedDict[_Key, _Grant] = OrderedDict()
+        self._flights: dict[_Key, asyncio.Task[str]] = {}
+
+    async def close(self) -> None:
+        """Give up requests on their way."""
+        flights = list(self._flights.values())
+        for flight in flights:
+            flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
 
     async def header(self, endpoint: Endpoint, scope: Scope, deadline: float) -> str | None:
-        """What to send with a request, renewed before it expires; None while the registry never asked."""
-        grant = self._grants.get((endpoint, scope))
+        """What to send with a request; None while the registry never asked."""
+        key = (endpoint, scope)
+        grant = self._grants.get(key)
         if grant is None:
             return None
-        if self._clock.monotonic() < grant.expires:
-            return grant.header
-        return await self._grant(endpoint, scope, grant.challenge, grant.header, deadline)
+        now = self._clock.monotonic()
+        if now >= grant.expires:
+            return await self._renewed(key, grant.challenge, frozenset(), deadline)
+        if now >= grant.renew_at and key not in self._flights:
+            grant.renew_at = now + _RENEWAL_PAUSE_SECONDS  # should it fail
+            self._fly(key, grant.challenge, frozenset(), now + _RENEWAL_SECONDS)
+        return grant.header
 
     async def renew(
-        self, endpoint: Endpoint, scope: Scope, challenges: Sequence[str], rejected: str | None, deadline: float
-    ) -> None:
-        """Answer a 401 (or a 403 to the header `rejected`). Raises RegistryDenied when there is nothing better to say.
+        self,
+        endpoint: Endpoint,
+        scope: Scope,
+        challenges: Sequence[str],
+        rejected: frozenset[str],
+        deadline: float,
+    ) -> bool:
+        """Answer a 401 (or a 403) to a request with the headers `rejected`, the last ones that were sent for it.
 
-        `challenges`: the WWW-Authenticate headers; when a registry sends none, its earlier challenge counts.
+        `challenges`: the WWW-Authenticate headers; when a registry sends none, its earlier challenge counts. Returns
+        whether another login may be worth another call. Raises RegistryDenied when there is nothing better to say.
         """
+        key = (endpoint, scope)
         challenge = _choose(parse_challenges(challenges))
-        if challenge is None and (known := self._grants.get((endpoint, scope))):
+        if challenge is None and (known := self._grants.get(key)):
             challenge = known.challenge
         if challenge is None:
             raise RegistryDenied(f"registry {endpoint.host}: access to {scope} denied")
-        await self._grant(endpoint, scope, challenge, rejected, deadline)
+        await self._renewed(key, challenge, rejected, deadline)
+        return challenge.scheme == "basic"
 
-    async def _grant(
-        self, endpoint: Endpoint, scope: Scope, challenge: Challenge, rejected: str | None, deadline: float
-    ) -> str:
-        key = (endpoint, scope)
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        async with lock:
-            known = self._grants.get(key)
-            if known and known.header != rejected and self._clock.monotonic() < known.expires:
-                return known.header  # somebody else was faster
-            self._grants.pop(key, None)
-            login = self._logins.find(endpoint.host)
-            if challenge.scheme == "basic":
-                header, seconds = self._basic(endpoint, login, rejected), _LONGEST_TOKEN_SECONDS
-            else:
-                header, seconds = await self._token(endpoint, scope, challenge, login, deadline)
-            # Renewed after two thirds of its life, so that it does not expire on its way.
-            self._grants[key] = _Grant(header, challenge, self._clock.monotonic() + seconds * 2 / 3)
-            while len(self._grants) > _MAX_GRANTS:
-                self._grants.popitem(last=False)
-            return header
-
-    def _basic(self, endpoint: Endpoint, login: Login | None, rejected: str | None) -> str:
-        if login is None or not login.username:
-            raise RegistryDenied(
-                f"registry {endpoint.host}: wants a user name and password", hint="set registry.docker_config"
-            )
-        header = login.basic()
-        if header == rejected:
-            raise RegistryDenied(f"registry {endpoint.host}: refuses the configured user name and password")
+    async def _renewed(self, key: _Key, challenge: Challenge, rejected: frozenset[str], deadline: float) -> str:
+        """A header that is not one of the rejected, except where a token server gives the same token again."""
+        known = self._grants.get(key)
+        if known is not None and known.header not in rejected and self._clock.monotonic() < known.expires:
+            return known.header  # somebody else was faster
+        joined = self._flights.get(key)
+        header = await self._wait(joined or self._fly(key, challenge, rejected, deadline), deadline)
+        if joined is not None and header in rejected:
+            header = await self._wait(self._flights.get(key) or self._fly(key, challenge, rejected, deadline), deadline)
         return header
+
+    async def _wait(self, flight: "asyncio.Task[str]", deadline: float) -> str:
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self._clock.monotonic())):
+                return await asyncio.shield(flight)
+        except TimeoutError:
+            raise Transient("token server: no answer in time") from None
+
+    def _fly(self, key: _Key, challenge: Challenge, rejected: frozenset[str], deadline: float) -> "asyncio.Task[str]":
+        flight = self._flights[key] = asyncio.create_task(self._grant(key, challenge, rejected, deadline))
+        flight.add_done_callback(lambda flight: flight.cancelled() or flight.exception())  # whoever waited may be gone
+        return flight
+
+    async def _grant(self, key: _Key, challenge: Challenge, rejected: frozenset[str], deadline: float) -> str:
+        endpoint, scope = key
+        try:
+            if (known := self._grants.get(key)) and known.header in rejected:
+                del self._grants[key]
+            if challenge.scheme == "basic":
+                header, seconds = await self._basic(endpoint, scope, rejected), _LONGEST_TOKEN_SECONDS
+            else:
+                header, seconds = await self._bearer(endpoint, scope, challenge, deadline)
+        except SnapshotterError as error:
+            log.info("access was not granted", registry=endpoint.host, scope=str(scope), error=str(error))
+            raise
+        finally:
+            del self._flights[key]
+        now = self._clock.monotonic()
+        self._grants[key] = _Grant(header, challenge, now + seconds * 2 / 3, now + seconds - _MARGIN_SECONDS)
+        self._grants.move_to_end(key)
+        while len(self._grants) > _MAX_GRANTS:
+            self._grants.popitem(last=False)
+        return header
+
+    async def _basic(self, endpoint: Endpoint, scope: Scope, rejected: frozenset[str]) -> str:
+        logins = await self._find(endpoint, scope, fresh=bool(rejected))
+        headers = [login.basic() for login in logins if login.username]
+        if not headers:
+            raise RegistryDenied(
+                f"registry {endpoint.host}: wants a user name and password",
+                hint="set registry.docker_config or another source of credentials",
+            )
+        for header in headers:
+            if header not in rejected:
+                return header
+        raise RegistryDenied(f"registry {endpoint.host}: refuses the configured user name and password")
+
+    async def _bearer(
+        self, endpoint: Endpoint, scope: Scope, challenge: Challenge, deadline: float
+    ) -> tuple[str, float]:
+        """A token for the first login that the token server accepts; for nobody if there is no login."""
+        refused: list[Login] = []
+        for fresh in (False, True):
+            failure: Transient | None = None
+            try:
+                logins: Sequence[Login | None] = await self._find(endpoint, scope, fresh=fresh) or [None]
+            except Transient as error:  # perhaps everybody may read this
+                logins, failure = [None], error
+            for login in logins:
+                if login is None or login not in refused:
+                    try:
+                        return await self._token(endpoint, scope, challenge, login, deadline)
+                    except RegistryDenied as error:
+                        refusal = failure or error
+                        refused += [login] if login else []
+            if not refused:
+                break
+        raise refusal
+
+    async def _find(self, endpoint: Endpoint, scope: Scope, *, fresh: bool) -> Sequence[Login]:
+        """Raises Transient when somebody who would have to be asked does not answer."""
+        try:
+            return await self._logins.find(endpoint.host, scope.repository, fresh=fresh)
+        except Unavailable as error:
+            raise Transient(str(error)) from None
 
     async def _token(
         self, endpoint: Endpoint, scope: Scope, challenge: Challenge, login: Login | None, deadline: float

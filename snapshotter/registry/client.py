@@ -13,6 +13,8 @@ from typing import Self
 
 from snapshotter import __version__, labels
 from snapshotter.config import Limits, Registry
+from snapshotter.credentials import configured
+from snapshotter.credentials.remembered import RememberedLogins
 from snapshotter.digest import Digest
 from snapshotter.errors import (
     ConfigError,
@@ -24,7 +26,7 @@ from snapshotter.errors import (
     SnapshotterError,
 )
 from snapshotter.registry import ranges
-from snapshotter.registry.auth import Authenticator, DockerConfig
+from snapshotter.registry.auth import Authenticator
 from snapshotter.registry.endpoint import Endpoint, Scope
 from snapshotter.registry.failover import Health, Tour
 from snapshotter.registry.hosts import Hosts
@@ -59,22 +61,25 @@ class RegistryClient:
         limits: Limits,
         user_agent: str = f"coco-snapshotter/{__version__}",
         clock: Clock | None = None,
+        remembered: RememberedLogins | None = None,
     ) -> None:
-        """Raises ConfigError for a CA file that cannot be used."""
+        """`remembered`: logins that came with pulls. Raises ConfigError for files that cannot be used."""
         self._config = config
         self._limits = limits
         self._clock = clock or SystemClock()
         tls = TlsContexts(config.ca_file)
         self._hosts = Hosts(config.hosts_dir, config.plain_http, tls)
         self._wire = Wire(config, tls, user_agent, self._clock)
-        authenticator = Authenticator(self._wire, DockerConfig(config.docker_config), limits, self._clock)
-        self._session = Session(self._wire, authenticator, self._clock)
+        logins = configured.logins(config, limits, remembered)
+        self._authenticator = Authenticator(self._wire, logins, limits, self._clock)
+        self._session = Session(self._wire, self._authenticator, self._clock)
         self._health = Health(self._clock, self._probe)
         self._without_ranges: OrderedDict[Endpoint, float] = OrderedDict()
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         await self._exit.enter_async_context(self._wire)
+        self._exit.push_async_callback(self._authenticator.close)
         self._exit.push_async_callback(self._health.close)
         return self
 

@@ -51,7 +51,9 @@ class Session:
         which the target of a redirect may be used again. Redirects of requests with a body are refused. `hurries`:
         see Wire. Raises Transient, RegistryDenied, NotFound, RegistryUnavailable.
         """
-        first, hops, renewed, resolved_again = url, 0, False, False
+        first, hops, resolved_again = url, 0, False
+        rejected: frozenset[str] = frozenset()
+        may_renew = True
         if remember is not None:
             url = self._targets.get(remember, self._clock.monotonic()) or first
         while True:
@@ -92,10 +94,10 @@ class Session:
                 resolved_again, hops = True, 0
                 self._targets.drop(remember, url)
                 url = first
-            elif own and denied and not renewed:
-                renewed = True
+            elif own and denied and may_renew:
+                rejected |= {authorization} if authorization else set()
                 challenges = answer.values("WWW-Authenticate")
-                await self._authenticator.renew(endpoint, scope, challenges, authorization, deadline)
+                may_renew = await self._authenticator.renew(endpoint, scope, challenges, rejected, deadline)
             else:
                 self._targets.drop(remember, url)
                 raise self._refusal(what, answer)

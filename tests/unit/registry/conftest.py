@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from snapshotter.config import Limits, Registry
+from snapshotter.credentials.remembered import RememberedLogins
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.reference import Reference
 from tests.harness.sim_registry import FakeClock, SimRegistry
@@ -30,9 +31,11 @@ class Clients:
         self._clock = clock
         self._open: list[RegistryClient] = []
 
-    async def make(self, limits: Limits | None = None, **config: Any) -> RegistryClient:
+    async def make(
+        self, limits: Limits | None = None, remembered: RememberedLogins | None = None, **config: Any
+    ) -> RegistryClient:
         """A client with these `[registry]` settings."""
-        client = RegistryClient(Registry(**config), limits or Limits(), clock=self._clock)
+        client = RegistryClient(Registry(**config), limits or Limits(), clock=self._clock, remembered=remembered)
         await client.__aenter__()
         self._open.append(client)
         return client

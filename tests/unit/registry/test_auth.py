@@ -5,19 +5,23 @@ import base64
 import json
 import logging
 import ssl
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trustme
 
 from snapshotter.config import Limits
+from snapshotter.credentials.login import Login
+from snapshotter.credentials.remembered import RememberedLogins
+from snapshotter.crypto.secret import SecretBytes
 from snapshotter.digest import Digest
 from snapshotter.errors import ConfigError, LimitExceeded, RegistryDenied, RegistryUnavailable
-from snapshotter.registry.auth import find_login, parse_challenges
+from snapshotter.registry.auth import parse_challenges
 from snapshotter.registry.reference import Reference
 from tests.harness import sim_registry as faults
 from tests.harness.sim_registry import FakeClock, SimRegistry, docker_config
-from tests.unit.registry.conftest import Clients
+from tests.unit.registry.conftest import Clients, until
 
 CONTENT = b"content of a blob" * 100
 
@@ -64,16 +68,80 @@ async def test_one_connection_is_enough_for_the_token_dance(
     assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
 
 
-async def test_a_token_is_renewed_before_it_expires(
+async def test_a_token_is_renewed_before_it_expires_and_nobody_waits_for_that(
     sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, clock: FakeClock
 ) -> None:
     sim.auth.scheme, sim.auth.expires_in = "bearer", 300
     client = await clients.make()
     await client.blob(image, blob, len(CONTENT), 1 << 20)
-    clock.now += 201
-    sim.seen.clear()
+    first = sim.seen[-1].authorization
+    clock.now += 199
     await client.blob(image, blob, len(CONTENT), 1 << 20)
-    assert sim.kinds() == ["token", "blobs"]
+    assert sim.kinds().count("token") == 1
+    clock.now += 2
+    sim.fail(faults.silent(), on="token")  # a token server that hangs holds up nobody
+    await asyncio.gather(*(client.read_range(image, blob, i, 10, len(CONTENT)) for i in range(5)))
+    assert {seen.authorization for seen in sim.seen[-5:] if seen.kind == "blobs"} == {first}
+    assert sim.kinds().count("token") == 2
+    clock.now += 31
+    await client.__aexit__()
+
+
+async def test_a_renewal_that_fails_is_repeated_and_the_old_token_used_until_its_end(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, clock: FakeClock
+) -> None:
+    sim.auth.scheme, sim.auth.expires_in = "bearer", 300
+    client = await clients.make()
+
+    async def read() -> str | None:
+        await client.read_range(image, blob, 1, 10, len(CONTENT))
+        return sim.of("blobs")[-1].authorization
+
+    await read()
+    first = await read()
+    sim.fail(faults.status(503), on="token")
+    clock.now += 201
+    assert await read() == first
+    await until(lambda: sim.kinds().count("token") == 2)
+    assert await read() == first
+    clock.now += 6
+    assert await read() == first
+    await until(lambda: sim.kinds().count("token") == 3)
+    await until_changed(read, first)
+    sim.auth.tokens.clear()
+    clock.now += 400
+    sim.seen.clear()
+    await read()
+    assert sim.kinds() == ["token", "blobs"]  # an expired one is not even sent
+
+
+async def until_changed(read: Callable[[], Awaitable[str | None]], before: str | None) -> None:
+    async with asyncio.timeout(10):
+        while await read() == before:
+            pass
+
+
+async def test_a_basic_login_that_still_holds_is_used_on(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, logins: str, clock: FakeClock
+) -> None:
+    sim.auth.scheme, sim.auth.username, sim.auth.password = "basic", "user", "hunter2"
+    client = await clients.make(docker_config=logins)
+    for _ in range(4):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+        clock.now += 3000
+    assert len(sim.seen) == 5
+
+
+async def test_parallel_reads_share_one_refusal(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    sim.auth.scheme, sim.auth.username = "bearer", "somebody else"
+    client = await clients.make()
+    results = await asyncio.gather(
+        *(client.read_range(image, blob, i, 10, len(CONTENT)) for i in range(8)), return_exceptions=True
+    )
+    assert all(isinstance(result, RegistryDenied) for result in results)
+    assert sim.kinds().count("token") < 8
 
 
 async def test_a_token_without_expiry_lives_a_minute(
@@ -82,7 +150,7 @@ async def test_a_token_without_expiry_lives_a_minute(
     sim.auth.scheme, sim.auth.expires_in = "bearer", None
     client = await clients.make()
     await client.blob(image, blob, len(CONTENT), 1 << 20)
-    clock.now += 41
+    clock.now += 51
     await client.blob(image, blob, len(CONTENT), 1 << 20)
     assert sim.kinds().count("token") == 2
 
@@ -165,6 +233,39 @@ async def test_a_password_changed_on_disk_is_picked_up(
         await client.blob(image, blob, len(CONTENT), 1 << 20)
     Path(logins).write_text(docker_config(sim.address, "user", "rotated"))  # noqa: ASYNC240
     assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+
+
+@pytest.mark.parametrize("scheme", ["basic", "bearer"])
+async def test_logins_are_tried_in_order_until_one_is_accepted(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, logins: str, scheme: str
+) -> None:
+    sim.auth.scheme, sim.auth.username, sim.auth.password = scheme, "user", "hunter2"
+    remembered = RememberedLogins()
+    for word in ("old", "older"):
+        remembered.add(image.host, image.repository, Login("user", SecretBytes(word.encode())))
+    remembered.add(image.host, "team/another", Login("user", SecretBytes(b"another")))
+    client = await clients.make(docker_config=logins, remembered=remembered)
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+    asked = [seen.authorization for seen in sim.of("blobs" if scheme == "basic" else "token")]
+    words = [base64.b64decode(sent[6:]).partition(b":")[2] for sent in asked if sent and sent.startswith("Basic ")]
+    assert words == [b"older", b"old", b"hunter2"]
+    sim.seen.clear()
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    assert sim.kinds() == ["blobs"]
+
+
+@pytest.mark.allow_warnings
+async def test_a_source_that_does_not_answer_is_no_reason_to_refuse_what_everybody_may_read(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"credsStore":"missing"}')
+    client = await clients.make(docker_config=str(tmp_path / "config.json"), retries=1)
+    sim.auth.scheme = "bearer"
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+    sim.auth.username, sim.auth.password = "user", "hunter2"
+    sim.auth.tokens.clear()
+    with pytest.raises(RegistryUnavailable, match="docker-credential-missing"):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
 
 
 @pytest.mark.parametrize("scheme", ["basic", "bearer"])
@@ -352,42 +453,6 @@ def test_challenges_of_all_shapes() -> None:
     assert parse_challenges(["", ",,", "=", 'realm="x"']) == []
     assert parse_challenges(['Bearer realm="unclosed']) == [("bearer", {})]
     assert parse_challenges(["Basic realm=x", "y" * 9000]) == [("basic", {"realm": "x"})]
-
-
-@pytest.mark.parametrize(
-    ("name", "host"),
-    [
-        ("registry.example", "registry.example"),
-        ("https://registry.example", "registry.example"),
-        ("http://registry.example/v2/", "registry.example"),
-        ("registry.example:5000/v1/", "registry.example:5000"),
-        ("https://index.docker.io/v1/", "docker.io"),
-        ("docker.io", "docker.io"),
-    ],
-)
-def test_docker_config_names_registries_in_many_ways(name: str, host: str) -> None:
-    content = docker_config(name, "user", "a:b").encode()
-    login = find_login(content, host, "path")
-    assert login is not None
-    assert (login.username, login.secret.expose()) == ("user", b"a:b")
-    assert "a:b" not in repr(login)
-    assert find_login(content, "other.example", "path") is None
-
-
-@pytest.mark.parametrize("name", ["registry.example/team", "registry.example.evil", "evil-registry.example"])
-def test_docker_config_of_something_else_is_not_used(name: str) -> None:
-    assert find_login(docker_config(name, "user", "word").encode(), "registry.example", "path") is None
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"[]", b'{"auths":[]}', b'{"auths":{"h":7}}', b'{"auths":{"h":{"auth":"%%"}}}', b"\xff", b"[" * 100_000],
-    ids=range(7),
-)
-def test_a_broken_docker_config_is_a_config_error_that_shows_nothing(content: bytes) -> None:
-    with pytest.raises(ConfigError) as caught:
-        find_login(content, "h", "/etc/config.json")
-    assert str(caught.value).endswith("/etc/config.json: not a docker config.json")
 
 
 async def test_a_missing_docker_config_is_a_config_error(

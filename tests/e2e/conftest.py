@@ -12,6 +12,7 @@ import pytest
 from tests.harness import oci, serve, tiny
 from tests.harness.containerd import Containerd
 from tests.harness.machine import Work
+from tests.harness.oci import member
 from tests.harness.registry import Registry
 from tests.harness.serve import Serve
 
@@ -108,6 +109,17 @@ class Images:
     def plain(self, seed: int = 1) -> Image:
         """The same as a plain Nydus image."""
         return self._converted(f"plain-{seed}", seed, "--plain")
+
+    def above(self, base: Image) -> Image:
+        """An ordinary layer on top of another image: /data/text is gone, /data/small is another file."""
+        members = [member("data/"), member("data/.wh.text"), member("data/small")]
+        layer = self._layout.add_members(zip(members, (b"", b"", b"replaced\n"), strict=True))
+        self.registry.put_blob(self.repository, self._layout.blob(layer.digest))
+        return base.variant(
+            f"above-{base.tag}",
+            lambda manifest: manifest["layers"].append(dict(layer.descriptor)),
+            lambda config: config["rootfs"]["diff_ids"].append(layer.diff_id),
+        )
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from tests.harness.oci import member
 
 pytestmark = [pytest.mark.root, pytest.mark.real]
 
+READ_ABOVE, ABOVE = "cat /data/link; ls /data", "replaced\nempty\nlink\nrandom\nsmall\n"  # of `Images.above`
 READ_ALL = "md5sum /data/random /data/text /data/empty; cat /data/link; readlink /data/link"
 
 
@@ -102,20 +103,10 @@ def test_images_of_one_domain_share_fetched_chunks(node: NodeMaker, images: Imag
 
 
 def test_ordinary_layers_on_a_sealed_base(node: NodeMaker, images: Images) -> None:
-    base = images.sealed()
-    layout = oci.Layout(images.work.path / "above")
-    whiteout, replaced = member("data/.wh.text"), member("data/small")
-    layer = layout.add_members([(member("data/"), b""), (whiteout, b""), (replaced, b"replaced\n")])
-    images.registry.put_blob(images.repository, layout.blob(layer.digest))
-    image = base.variant(
-        "above",
-        lambda manifest: manifest["layers"].append(dict(layer.descriptor)),
-        lambda config: config["rootfs"]["diff_ids"].append(layer.diff_id),
-    )
     guest = node()
-    reference = guest.pull(image)
-    assert guest.shell(reference, "cat /data/link; ls /data") == "replaced\nempty\nlink\nrandom\nsmall\n"
-    assert guest.shell(guest.pull(base), READ_ALL) == expected()
+    reference = guest.pull(images.above(images.sealed()))
+    assert guest.shell(reference, READ_ABOVE) == ABOVE
+    assert guest.shell(guest.pull(images.sealed()), READ_ALL) == expected()
 
 
 # images made by other tools

@@ -1,87 +1,33 @@
-"""A private containerd with our daemon as proxy plugin, and `ctr` on it. Nothing of the system's containerd is touched.
+"""A private containerd of any version with our daemon as proxy plugin, and `ctr` on it.
 
-One `Release` says where the binaries of a version are and how its configuration is written; Debian's 1.6 is `DEBIAN`.
+Nothing of the system's containerd is touched.
 """
 
+import copy
 import itertools
-import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Self
 
 import grpc
 
 from tests.harness.cri import Cri
 from tests.harness.machine import Work, until
 from tests.harness.process import Process
+from tests.harness.releases import DEBIAN, Layout, Release
 
 PLUGIN = "coco"
 NAMESPACE = "k8s.io"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a private containerd keeps its things."""
-
-    home: Path
-    snapshotter: str
-    plugins: Mapping[str, Path]  # proxy plugin name → socket
-
-    @property
-    def socket(self) -> Path:
-        return self.home / "c.sock"
-
-
-def config_v2(layout: Layout) -> str:
-    """containerd 1.6 and 1.7."""
-    proxies = "".join(
-        f'[proxy_plugins.{name}]\n  type = "snapshot"\n  address = "{socket}"\n'
-        for name, socket in layout.plugins.items()
-    )
-    home = layout.home
-    unused = ", ".join(f'"io.containerd.snapshotter.v1.{name}"' for name in ("aufs", "btrfs", "devmapper", "zfs"))
-    return f"""version = 2
-root = "{home}/root"
-state = "{home}/state"
-disabled_plugins = [{unused}, "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
-[grpc]
-  address = "{layout.socket}"
-[ttrpc]
-  address = "{home}/t.sock"
-{proxies}
-[plugins."io.containerd.internal.v1.opt"]
-  path = "{home}/opt"
-[plugins."io.containerd.grpc.v1.cri"]
-  restrict_oom_score_adj = true
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = "{layout.snapshotter}"
-    disable_snapshot_annotations = false
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = "{home}/cni"
-  [plugins."io.containerd.grpc.v1.cri".registry]
-    config_path = "{home}/certs.d"
-"""
-
-
-@dataclass(frozen=True)
-class Release:
-    """A containerd version: the folder of its binaries ("" = PATH) and its configuration."""
-
-    binaries: str
-    config: Callable[[Layout], str]
-
-
-DEBIAN = Release("", config_v2)
-
-
 class Containerd:
-    """A running containerd. `snapshotter` is what CRI pulls with; `plugins` are sockets of snapshotters."""
+    """A running containerd. `snapshotter` is what CRI pulls with; `plugins` are sockets of snapshotters.
+
+    `layout` may set the other fields of `releases.Layout`.
+    """
 
     def __init__(
         self,
@@ -91,19 +37,20 @@ class Containerd:
         snapshotter: str = PLUGIN,
         plugins: Mapping[str, Path] | None = None,
         release: Release = DEBIAN,
+        **layout: Any,
     ) -> None:
         home = work.directory(name)
         for part in ("cni", "certs.d", "fifo", "opt"):
             (home / part).mkdir()
         self.home = home
-        self.layout = Layout(home, snapshotter, plugins or {})
-        self._path = f"{release.binaries}:{os.environ['PATH']}" if release.binaries else os.environ["PATH"]
-        self.environment = work.environment | {"PATH": self._path}
+        self.layout = Layout(home, snapshotter, plugins or {}, **layout)
+        self.namespace = NAMESPACE
+        self.environment = work.environment | {"PATH": release.path}
         self._numbers = itertools.count(1)
         self._label = name
         config = home / "config.toml"
         config.write_text(release.config(self.layout))
-        self.process = Process(work, name, ["containerd", "-c", config], environment={"PATH": self._path})
+        self.process = Process(work, name, ["containerd", "-c", config], environment={"PATH": release.path})
         self.process.wait_until(lambda: self.try_ctr("version").returncode == 0, "ctr version answers")
         self.cri = Cri(self.layout.socket)
         work.stack.callback(self.cri.close)
@@ -118,8 +65,15 @@ class Containerd:
 
     # ctr
 
+    def within(self, namespace: str, snapshotter: str = PLUGIN) -> Self:
+        """The same daemon, asked about another namespace and snapshotter."""
+        other = copy.copy(self)
+        other.namespace = namespace
+        other.layout = replace(self.layout, snapshotter=snapshotter)
+        return other
+
     def _command(self, *arguments: str) -> list[str]:
-        return ["ctr", "-a", str(self.layout.socket), "-n", NAMESPACE, *arguments]
+        return ["ctr", "-a", str(self.layout.socket), "-n", self.namespace, *arguments]
 
     def try_ctr(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -199,9 +153,10 @@ class Containerd:
         """Kill and remove every container, so that shims end and overlay mounts go."""
         if not self.process.running:
             return
-        for identity in self.ctr("containers", "ls", "-q").split():
-            self.try_ctr("tasks", "rm", "-f", identity)
-            self.try_ctr("containers", "rm", identity)
+        for space in [self.within(name) for name in self.ctr("namespaces", "ls", "-q").split()]:
+            for identity in space.ctr("containers", "ls", "-q").split():
+                space.try_ctr("tasks", "rm", "-f", identity)
+                space.try_ctr("containers", "rm", identity)
 
     def remove_image(self, reference: str) -> None:
         """Remove an image and wait until garbage collection has removed its snapshots and content."""

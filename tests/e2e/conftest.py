@@ -110,6 +110,36 @@ class Images:
         """The same as a plain Nydus image."""
         return self._converted(f"plain-{seed}", seed, "--plain")
 
+    def pause(self) -> Image:
+        """A pod's sandbox, sealed: it waits until it is told to end."""
+        wait = "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done"
+
+        def make() -> str:
+            layout = tiny.layout(self.work.path / "layout-pause", config={"Entrypoint": ["/bin/sh", "-c", wait]})
+            target = f"docker://{self.registry.address}/{self.repository}:pause"
+            return serve.convert(self.work, f"oci:{layout.path}:tiny", target, "--recipient", f"jwe:{self.public}")
+
+        return self._once("pause", make)
+
+    def deep(self) -> Image:
+        """An ordinary image of 127 layers; /layer/N holds a line for each of 125."""
+
+        def make() -> str:
+            extra = [[(member(f"layer/{n}"), b"%d\n" % n)] for n in range(125)]
+            layout = tiny.layout(self.work.path / "layout-deep", extra=extra)
+            return self.registry.push(layout.path, "tiny", self.repository, "deep")
+
+        return self._once("deep", make)
+
+    def deep_sealed(self) -> Image:
+        source, target = (
+            f"docker://{self.registry.address}/{self.repository}:{tag}" for tag in ("deep", "deep-sealed")
+        )
+        self.deep()
+        return self._once(
+            "deep-sealed", lambda: serve.convert(self.work, source, target, "--recipient", f"jwe:{self.public}")
+        )
+
     def above(self, base: Image) -> Image:
         """An ordinary layer on top of another image: /data/text is gone, /data/small is another file."""
         members = [member("data/"), member("data/.wh.text"), member("data/small")]
@@ -162,15 +192,21 @@ class Node:
 NodeMaker = Callable[..., Node]
 
 
+def state_directory(work: Work, name: str, settings: Mapping[str, Any]) -> Path:
+    """For a daemon's `root`: on a tmpfs where mode confidential asks for that."""
+    root = work.directory(f"{name}-root")
+    if settings.get("mode") == "confidential":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m,mode=0700", "tmpfs", str(root)], check=True)
+        work.stack.callback(subprocess.run, ["umount", str(root)], check=True)
+    return root
+
+
 @pytest.fixture
 def node(work: Work, images: Images) -> NodeMaker:
     """Make a node: `node(mode="confidential", erofs={"driver": "loop"})`. The key of `images` is configured."""
 
     def make(*, name: str = "coco", key: Path | None = None, **settings: Any) -> Node:
-        root = work.directory(f"{name}-root")
-        if settings.get("mode") == "confidential":
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m,mode=0700", "tmpfs", str(root)], check=True)
-            work.stack.callback(subprocess.run, ["umount", str(root)], check=True)
+        root = state_directory(work, name, settings)
         table: Mapping[str, Any] = {"keys": {"files": [str(key or images.key)]}} | settings
         daemon = Serve(work, name, table, root=root)
         return Node(work, daemon, Containerd(work, f"{name}-containerd", plugins={"coco": daemon.address}))

@@ -55,7 +55,7 @@ class Containerd:
         self.cri = Cri(self.layout.socket)
         work.stack.callback(self.cri.close)
         self.process.wait_until(self._cri_answers, "its CRI plugin answers")
-        work.stack.callback(self.remove_containers)
+        work.stack.callback(self._remove_all_containers)
 
     def _cri_answers(self) -> bool:
         try:
@@ -72,12 +72,12 @@ class Containerd:
         other.layout = replace(self.layout, snapshotter=snapshotter)
         return other
 
-    def _command(self, *arguments: str) -> list[str]:
+    def command(self, *arguments: str) -> list[str]:
         return ["ctr", "-a", str(self.layout.socket), "-n", self.namespace, *arguments]
 
     def try_ctr(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self._command(*arguments), capture_output=True, text=True, errors="replace", timeout=timeout,
+            self.command(*arguments), capture_output=True, text=True, errors="replace", timeout=timeout,
             env=self.environment, check=False,
         )  # fmt: skip
 
@@ -90,7 +90,7 @@ class Containerd:
 
     def run_command(self, identity: str, reference: str, command: Sequence[str], *options: str) -> list[str]:
         """The command line of `ctr run --rm` for a new container."""
-        return self._command(
+        return self.command(
             "run", "--rm", "--fifo-dir", str(self.home / "fifo"), "--runc-root", str(self.home / "runc"),
             "--snapshotter", self.layout.snapshotter, *options, reference, identity, *command,
         )  # fmt: skip
@@ -150,13 +150,16 @@ class Containerd:
         return set(self.ctr("content", "ls", "-q").split())
 
     def remove_containers(self) -> None:
-        """Kill and remove every container, so that shims end and overlay mounts go."""
-        if not self.process.running:
-            return
-        for space in [self.within(name) for name in self.ctr("namespaces", "ls", "-q").split()]:
-            for identity in space.ctr("containers", "ls", "-q").split():
-                space.try_ctr("tasks", "rm", "-f", identity)
-                space.try_ctr("containers", "rm", identity)
+        """Kill and remove every container of the namespace."""
+        for identity in self.ctr("containers", "ls", "-q").split():
+            self.try_ctr("tasks", "rm", "-f", identity)
+            self.try_ctr("containers", "rm", identity)
+
+    def _remove_all_containers(self) -> None:
+        """So that shims end and overlay mounts go."""
+        if self.process.running:
+            for namespace in self.ctr("namespaces", "ls", "-q").split():
+                self.within(namespace).remove_containers()
 
     def remove_image(self, reference: str) -> None:
         """Remove an image and wait until garbage collection has removed its snapshots and content."""

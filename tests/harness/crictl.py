@@ -37,8 +37,8 @@ class Crictl:
             )
         return result.stdout
 
-    def json(self, *arguments: str) -> Any:
-        return json.loads(self(*arguments, "-o", "json"))
+    def json(self, command: str, *arguments: str) -> Any:
+        return json.loads(self(command, "-o", "json", *arguments))
 
     def run_pod(self, name: str) -> str:
         """A sandbox; its id. Removed by `rmp`."""
@@ -51,6 +51,9 @@ class Crictl:
             "log_path": f"{name}.log", "linux": {},
         }  # fmt: skip
         return self("create", pod, self._file(name, table), self._pod(pod_name)).strip()
+
+    def state(self, container: str) -> str:
+        return str(self.json("inspect", container)["status"]["state"])
 
     def _pod(self, name: str) -> str:
         return self._file(name, {

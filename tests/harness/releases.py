@@ -34,14 +34,15 @@ class Layout:
             for name, socket in self.plugins.items()
         )
 
-    def common(self) -> str:
+    def places(self) -> str:
+        """The same in all versions."""
         return f"""root = "{self.home}/root"
 state = "{self.home}/state"
 [grpc]
   address = "{self.socket}"
 [ttrpc]
   address = "{self.home}/t.sock"
-{self.proxies()}"""
+"""
 
 
 def config_v2(layout: Layout) -> str:
@@ -51,11 +52,12 @@ def config_v2(layout: Layout) -> str:
     unused = ", ".join(f'"io.containerd.snapshotter.v1.{name}"' for name in ("aufs", "btrfs", "devmapper", "zfs"))
     return f"""version = 2
 disabled_plugins = [{unused}, "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
-{layout.common()}
+{layout.places()}{layout.proxies()}
 [plugins."io.containerd.internal.v1.opt"]
   path = "{home}/opt"
 [plugins."io.containerd.grpc.v1.cri"]
   restrict_oom_score_adj = true
+  stats_collect_period = 1
   {sandbox}
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "{layout.snapshotter}"
@@ -82,7 +84,7 @@ def config_v3(layout: Layout) -> str:
     )
     return f"""version = 3
 disabled_plugins = ["io.containerd.snapshotter.v1.devmapper", "io.containerd.tracing.processor.v1.otlp"]
-{layout.common()}
+{layout.places()}{layout.proxies()}
 [plugins.'io.containerd.internal.v1.opt']
   path = "{home}/opt"
 [plugins.'io.containerd.nri.v1.nri']
@@ -90,6 +92,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.devmapper", "io.containerd.tra
 [plugins.'io.containerd.cri.v1.images']
   snapshotter = "{layout.snapshotter}"
   disable_snapshot_annotations = {str(not layout.annotations).lower()}
+  stats_collect_period = 1
   {sandbox}
   [plugins.'io.containerd.cri.v1.images'.registry]
     config_path = "{home}/certs.d"

@@ -1,10 +1,8 @@
 """Every kind of image through every way to pull that real clients have."""
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.e2e.clients import (
+from tests.e2e.clients.paths import (
     ALL,
     BARE,
     CRI,
@@ -14,32 +12,15 @@ from tests.e2e.clients import (
     NERDCTL_COCO,
     NERDCTL_NYDUS,
     Puller,
-    PullPath,
-    Stations,
 )
 from tests.e2e.conftest import Image, Images
 from tests.e2e.test_images import ABOVE, READ_ABOVE, READ_ALL, expected
-from tests.harness.machine import Work
 
 pytestmark = [pytest.mark.root, pytest.mark.real]
 
 every = pytest.mark.parametrize("path", ALL, ids=str)
 lazily = pytest.mark.parametrize("path", LAZY, ids=str)
 both = pytest.mark.parametrize("kind", ["sealed", "plain"])
-
-
-@pytest.fixture(scope="module")
-def stations(images: Images) -> Iterator[Stations]:
-    with Work("clients") as work:
-        yield Stations(work, images)
-
-
-@pytest.fixture
-def puller(stations: Stations, path: PullPath) -> Iterator[Puller]:
-    if path.missing:
-        pytest.skip(path.missing)
-    with stations.puller(path) as made:
-        yield made
 
 
 def assert_not_downloaded(puller: Puller, image: Image) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tests.clients import CLIENTS
-from tests.e2e.conftest import Image, Images
+from tests.e2e.conftest import Image, Images, state_directory
 from tests.harness.containerd import NAMESPACE, Containerd
 from tests.harness.crictl import Crictl
 from tests.harness.machine import Work, until
@@ -64,11 +64,15 @@ class Station:
 
     def __init__(self, work: Work, images: Images, release: Release, *, annotations: bool, **settings: object) -> None:
         name = f"{release.version.replace('.', '')}{'' if annotations else 't'}"
-        table = {"keys": {"files": [str(images.key)]}} | settings
-        self.daemon = Serve(work, f"coco-{name}", table)
+        self.daemon = Serve(
+            work,
+            f"coco-{name}",
+            {"keys": {"files": [str(images.key)]}} | settings,
+            root=state_directory(work, name, settings),
+        )
         self.containerd = Containerd(
             work, f"containerd-{name}", plugins=dict.fromkeys(("coco", "nydus"), self.daemon.address), release=release,
-            exports={"root": str(self.daemon.root)}, annotations=annotations,
+            exports={"root": str(self.daemon.root)}, sandbox=images.pause().by_tag, annotations=annotations,
         )  # fmt: skip
         self._crictl: Crictl | None = None
 
@@ -124,16 +128,20 @@ class Puller:
         path = replace(self.path, client="ctr") if self.path.client == "crictl" else self.path
         return Puller(path, self.station, namespace)
 
-    def remove_images(self) -> None:
-        """Remove every image of the namespace; when containerd's collector has been, nothing of them may be left."""
-        for reference in self.containerd.ctr("images", "ls", "-q").split():
-            self.containerd.try_ctr("images", "rm", reference)
+    def assert_empty(self) -> None:
+        """containerd's collector has nothing to leave of what was removed in this namespace."""
 
         def empty() -> bool:
             self.containerd.collect_garbage()
             return not (self.containerd.snapshots() or self.containerd.content())
 
         until(empty, f"namespace {self.namespace} is empty", 15, every=0.2)
+
+    def remove_images(self) -> None:
+        """Remove every image of the namespace; nothing of them may be left."""
+        for reference in self.containerd.ctr("images", "ls", "-q").split():
+            self.containerd.try_ctr("images", "rm", reference)
+        self.assert_empty()
 
     def remove_all(self) -> None:
         """The same of the last namespace that has images: we mount nothing any more."""
@@ -161,5 +169,10 @@ class Stations:
         """A client in a namespace of its own, empty before and after."""
         namespace = NAMESPACE if path.client == "crictl" else f"ns{next(_numbers)}"
         made = Puller(path, self.at(path), namespace)
-        yield made
+        try:
+            yield made
+        finally:
+            if path.client == "crictl":
+                made.station.crictl.attempt("rmp", "--force", "--all")
+            made.containerd.remove_containers()
         made.remove_all()

@@ -114,6 +114,25 @@ def labelled(mount: Mount, tmp_path: Path) -> str:
         return errno.errorcode[error.errno or 0]
 
 
+@pytest.mark.parametrize("kind", ["sealed", "plain"])
+@pytest.mark.parametrize("path", [CTR_TRANSFER], ids=str)
+def test_ctr_exports_and_pushes_a_lazy_image(puller: Puller, images: Images, kind: str) -> None:
+    """Within its registry at once; for anything else it must be fetched first."""
+    image = getattr(images, kind)()
+    reference = puller.pull(image)
+    ctr = puller.containerd.ctr
+    archive = puller.containerd.home / "exported.tar"
+    beside = f"{images.registry.address}/t/{kind}:pushed"
+    ctr("images", "tag", reference, beside)
+    ctr("images", "push", "--plain-http", beside)
+    assert images.registry.get_manifest(f"t/{kind}", "pushed")[0]
+    assert "not found" in puller.containerd.try_ctr("images", "export", str(archive), reference).stderr
+    ctr("content", "fetch", "--plain-http", reference)
+    ctr("images", "export", str(archive), reference)
+    assert archive.stat().st_size > sum(layer["size"] for layer in image.manifest["layers"])
+    archive.unlink()
+
+
 @pytest.mark.parametrize("kind", ["deep", "deep_sealed"])
 @pytest.mark.parametrize("path", [CRI[0], NERDCTL_NYDUS[0], CTR_TRANSFER], ids=str)
 def test_128_layers(puller: Puller, images: Images, kind: str) -> None:

@@ -37,7 +37,7 @@ POINTS = {
         "keeper.reloads", "keeper.hands-over", "keeper.took-over", "keeper.replaced", "keeper.stops", "keeper.stopped",
     ),
     "blobd": (
-        "blobd.started", "blobd.fetched", "blobd.attached-all", "blobd.took-over", "blobd.ready",
+        "blobd.holds", "blobd.started", "blobd.fetched", "blobd.attached-all", "blobd.took-over", "blobd.ready",
         "blobd.attaches", "blobd.attached", "blobd.detaches", "blobd.detached", "blobd.dumps",
         "blobd.read.taken", "blobd.read.parked", "blobd.reply", "blobd.replied",
         "cache.written", "cache.renamed", "cache.evicts",

@@ -46,6 +46,7 @@ class Keeper:
         self.blobd = Worker("blobd", commands["blobd"], root)
         self.snapshotd = Worker("snapshotd", commands["snapshotd"], root)
         self.workers = [self.blobd, self.snapshotd]
+        self.holder = 0  # pid of a blobd that holds everything and waits for the one that serves
         self.loop = Loop()
         self.watchdog, self.systemd = Watchdog(self.workers, self.loop), Systemd()
         self.trial = Trial(trial)
@@ -143,6 +144,9 @@ class Keeper:
             self.store |= {name: fds.pop()} if op == "put" else {}
             failpoints.hit("keeper.put" if op == "put" else "keeper.dropped")
             yield {}, ()
+        elif op == "holds":  # a successor of blobd
+            self.holder = pid
+            yield {}, ()
         elif op == "ready":
             for worker in self.workers:
                 if worker.name == name:
@@ -218,9 +222,24 @@ class Keeper:
         for worker in handed:
             worker.take_over(*living[worker.name])
             worker.watch(self.loop)
+        successor = self._successor() if self.blobd.pid else self.blobd
         self._end(handed, signal.SIGINT, RELOAD_SECONDS)
         self._end(handed, signal.SIGKILL, 1)
         failpoints.hit("keeper.replaced")
+        if self.blobd.pid:
+            successor.kill(signal.SIGKILL)
+        elif successor.pid:
+            self.workers[0] = self.blobd = successor
+
+    def _successor(self) -> Worker:
+        """A blobd that waits for the living one to end, with all descriptors: meanwhile nobody's death loses them."""
+        successor = Worker("blobd", self.blobd.command, self.root)
+        if successor.start():
+            successor.watch(self.loop)
+            self.loop.run_while(
+                lambda: successor.pid not in (0, self.holder) and not self.loop.told(*STOP), RELOAD_SECONDS
+            )
+        return successor
 
 
 def main(flags: list[str]) -> int:

@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import structlog
@@ -216,10 +217,10 @@ class Blobd:
         yield {"end": True}, ()
 
 
-async def serve(settings: config.Config) -> int:
-    """Serve until told to stop; the exit status."""
+async def serve(settings: config.Config, held: dict[str, int]) -> int:
+    """Serve until told to stop; the exit status. `held` is what `take_over` returned."""
     root = Path(settings.root)
-    fds = await _from_keeper(root / "keeper.sock")
+    fds = await asyncio.to_thread(_latest, root / "keeper.sock", held)
     failpoints.hit("blobd.fetched")
     # Each image bounds its own connections (fetch.parallel); a bound on all of them would let one frozen repository
     # of a host use up those of the others.
@@ -229,7 +230,7 @@ async def serve(settings: config.Config) -> int:
     stop = _Stop(blobd)
     blobd.start()
     log.info("blobd serves", pid=os.getpid(), version=__version__)
-    await asyncio.to_thread(_announce, root / "keeper.sock")
+    await asyncio.to_thread(_tell, root / "keeper.sock", "ready")
     failpoints.hit("blobd.ready")
     return await stop.wait()
 
@@ -261,17 +262,45 @@ class _Stop:
         return 0 if self._left.is_set() else 1
 
 
-async def _from_keeper(path: Path) -> dict[str, int]:
-    """Everything the keeper holds that is ours. Raises OSError when it does not answer for some seconds."""
-    deadline = asyncio.get_running_loop().time() + _LOCK_SECONDS
+def take_over(root: Path) -> dict[str, int]:
+    """Take the lock. If another blobd has it, hold what the keeper holds until that one ends, and return it.
+
+    So while workers are replaced, no single death loses the session: either that blobd or we have it, too.
+    """
+    try:
+        control.take_lock(root / "blobd.lock")
+    except BlockingIOError:
+        held = _from_keeper(root / "keeper.sock", _LOCK_SECONDS)
+        _tell(root / "keeper.sock", "holds")
+        failpoints.hit("blobd.holds")
+        control.take_lock(root / "blobd.lock", _LOCK_SECONDS)
+        return held
+    return {}
+
+
+def _latest(path: Path, held: dict[str, int]) -> dict[str, int]:
+    """What the keeper holds now; what it held before if it is gone."""
+    try:
+        found = _from_keeper(path, 0 if held else _LOCK_SECONDS)
+    except (OSError, EOFError):
+        if not held:
+            raise
+        return held
+    control.close_all(held.values())
+    return found
+
+
+def _from_keeper(path: Path, patience: float) -> dict[str, int]:
+    """Everything the keeper holds that is ours. Raises OSError when it does not answer for `patience` seconds."""
+    deadline = time.monotonic() + patience
     while True:
         try:
-            found, _ = await asyncio.to_thread(control.fetch_all, path, {"op": "list"})
+            found, _ = control.fetch_all(path, {"op": "list"})
             break
         except (OSError, EOFError):
-            if asyncio.get_running_loop().time() > deadline:
+            if time.monotonic() >= deadline:
                 raise
-            await asyncio.sleep(0.05)
+            time.sleep(0.05)
     for name in [name for name in found if name not in _SESSION and not name.startswith("image-")]:
         os.close(found.pop(name))
     if missing := set(_SESSION) - found.keys():
@@ -279,9 +308,9 @@ async def _from_keeper(path: Path) -> dict[str, int]:
     return found
 
 
-def _announce(path: Path) -> None:
+def _tell(path: Path, what: Literal["holds", "ready"]) -> None:
     with contextlib.suppress(OSError, EOFError):
-        control.request(path, {"op": "ready", "name": "blobd"})
+        control.request(path, {"op": what, "name": "blobd"})
 
 
 def harden() -> None:
@@ -306,10 +335,10 @@ def main(arguments: list[str]) -> int:
         configure(settings.log.level, settings.log.format, process="blobd")
         harden()
         sys.setswitchinterval(_SWITCH_SECONDS)
-        control.take_lock(Path(settings.root) / "blobd.lock", _LOCK_SECONDS)
+        held = take_over(Path(settings.root))
         failpoints.hit("blobd.started")
         loop = asyncio.new_event_loop()
-        status = loop.run_until_complete(serve(settings))
+        status = loop.run_until_complete(serve(settings, held))
     except (SnapshotterError, OSError) as error:
         print(f"blobd: error: {error}", file=sys.stderr)  # noqa: T201 - logging may not be set up
         status = 1

@@ -201,7 +201,11 @@ class Stage:
     def reload(self) -> None:
         old = self.pids()
         os.kill(old["keeper"], signal.SIGHUP)
-        until(lambda: not alive(old["snapshotd"]) and not alive(old["blobd"]), "the workers end", 20)
+
+        def over() -> bool:  # or the keeper was killed at it
+            return not alive(old["keeper"]) or not (alive(old["snapshotd"]) or alive(old["blobd"]))
+
+        until(over, "the workers end", 60)
         self.recover()
 
     def stop(self) -> None:

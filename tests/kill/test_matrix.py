@@ -55,6 +55,7 @@ OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "restart_keeper": (
         "", ("keeper.locked", "keeper.blobd-adopted", "keeper.recovered", "keeper.listens"),
     ),
+    "reload": ("", ("keeper.reloads", "keeper.hands-over", "keeper.took-over", "keeper.replaced", "blobd.holds")),
     "stop": ("", ("snapshotd.drains", "keeper.stops", "keeper.stopped")),
     "lose_database": ("", ("recover.aside", "recover.inserted")),
     "lose_directory": ("", ("reconcile.made",)),

@@ -15,7 +15,7 @@ import sqlite3
 import struct
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,12 @@ from tests.harness.registry import Registry
 from tests.harness.serve import WORKERS, Serve
 
 FILES, FILE_BYTES = 6, 256 << 10
+# What `Stage` can do, and the state in which some of it begins.
+OPERATIONS = (
+    "pull", "start", "remove", "unpack", "label", "read", "restart_snapshotd", "restart_blobd", "restart_keeper",
+    "reload", "stop", "lose_database", "lose_directory",
+)  # fmt: skip
+STATES = {"pull": "absent", "start": "pulled", "remove": "mounted", "unpack": "absent"}
 _LOOP_GET_STATUS64, _LOOP_INFO64 = 0x4C05, 232
 # One round of the container's work: sealed files read in random order past the page cache, own files written and read
 # back. fio comes from the machine; its verify headers are in the image's files.
@@ -51,7 +57,7 @@ bs=16k
 filename={names}
 time_based=1
 runtime={milliseconds}ms
-rate_iops=300
+rate_iops=150
 [own]
 rw=randwrite
 bs=16k
@@ -130,6 +136,7 @@ class Stage:
     def __init__(self, work: Work, *, round_seconds: float = 0.3, settings: dict[str, Any] | None = None) -> None:
         self.work = work
         self.armed = work.directory("armed")
+        self._round_seconds = round_seconds
         self.kills = 0
         self.registry = Registry(work)
         key, public = serve.key_pair(work.path)
@@ -173,7 +180,7 @@ class Stage:
         self._run(self.other)
 
     def remove(self) -> None:
-        """Until nothing of the image is left: containerd's collector and then our clean-up have done their work."""
+        """Until nothing of the images is left: containerd's collector and then our clean-up have done their work."""
         self.containerd.remove_image(self.other.reference)
         self.containerd.remove_image(self.ordinary.reference)
         until(self._forgotten, "nothing is left of the image")
@@ -189,11 +196,25 @@ class Stage:
     def read(self) -> None:
         self.worker.advance(2)
 
-    def restart(self, *names: str) -> None:
+    def restart_snapshotd(self) -> None:
+        self._restart("snapshotd")
+
+    def restart_blobd(self) -> None:
+        self._restart("blobd")
+
+    def restart_keeper(self) -> None:
+        self._restart("keeper")
+
+    def lose_session(self) -> None:
+        """The one loss: what runs gets EIO, but what comes must work."""
+        self._restart("keeper", "blobd")
+
+    def _restart(self, *names: str) -> None:
         old = self.pids()
         assert all(old.values())
         for name in names:
             os.kill(old[name], signal.SIGKILL)
+        for name in names:
             until(lambda pid=old[name]: not alive(pid), f"{name} ends", 10)  # type: ignore[misc]
         self.recover()
         assert not {old[name] for name in names} & set(self.pids().values())
@@ -220,7 +241,7 @@ class Stage:
         for name in ("metadata.db", "metadata.db-wal"):
             with (self.daemon.root / name).open("r+b") as file:
                 file.write(b"garbage" * 1000)
-        self.restart("snapshotd")
+        self.restart_snapshotd()
 
     def lose_directory(self) -> None:
         """Of a data layer, which has nothing in it but its sidecar."""
@@ -228,7 +249,7 @@ class Stage:
             query = "SELECT min(id) FROM snapshot WHERE ref IS NOT NULL AND id NOT IN (SELECT id FROM image)"
             (number,) = database.execute(query).fetchone()
         shutil.rmtree(self.daemon.root / f"snapshots/{number}")
-        self.restart("snapshotd")
+        self.restart_snapshotd()
 
     # states in which an operation has something to do
 
@@ -248,33 +269,71 @@ class Stage:
 
     # killing
 
-    def kill(self, point: str, operation: Callable[[], object], passes: int = 0) -> None:
-        """Do `operation` until whoever reaches `point` is killed there, recover, do it whole, and check everything."""
-        armed = self.armed / point
-        armed.write_bytes(b"." * passes)
+    def kill(self, operation: str, points: Mapping[str, int], *, thorough: bool = True) -> None:
+        """Do an operation until whoever comes to each point is killed there; recover; do it whole; check everything.
+
+        `points` says how many hits pass before the kill.
+        """
+        if operation in STATES:
+            getattr(self, STATES[operation])()
+        perform: Callable[[], None] = getattr(self, operation)
+        for point, passes in points.items():
+            (self.armed / point).write_bytes(b"." * passes)
         done = False
         with suppress(RuntimeError, AssertionError, TimeoutError, grpc.RpcError, OSError, EOFError):
-            operation()
+            perform()
             done = True
-        until(armed.with_name(f"{point}.hit").exists, f"{point} is reached by {operation.__name__}", 20)
-        armed.with_name(f"{point}.hit").unlink()
-        self.kills += 1
+        hits = [self.armed / f"{point}.hit" for point in points]
+
+        def reached() -> bool:
+            self._revive()  # what starts again may be killed again
+            return all(hit.exists() for hit in hits)
+
+        until(reached, f"{', '.join(points)} on the way of {operation}", 40)
+        for hit in hits:
+            hit.unlink()
+        self.kills += len(hits)
         self.recover()
         if not done:
-            operation()
-        self.check()
+            perform()
+        self.check(thorough)
+
+    def hits(self, operation: str) -> dict[str, int]:
+        """How often an operation comes to each point."""
+        many = 100_000
+        if operation in STATES:
+            getattr(self, STATES[operation])()
+        armed = [self.armed / name for names in POINTS.values() for name in names]
+        for path in armed:
+            path.touch()
+            os.truncate(path, many)
+        getattr(self, operation)()
+        counts = {path.name: many - path.stat().st_size for path in armed}
+        for path in armed:
+            path.unlink()
+        return {name: count for name, count in counts.items() if count}
+
+    def renew_worker(self) -> None:
+        """After the session was lost."""
+        self.worker.container.kill()
+        self.worker = Worker(self, self._round_seconds)
+        self.worker.advance()
 
     def recover(self) -> None:
-        """Start a keeper if there is none, as a service manager would, and wait until all three processes answer."""
+        """Wait until all three processes answer, and containerd reaches them."""
 
         def answers() -> bool:
-            assert self.daemon.process is not None
-            if not self.daemon.process.running:
-                self.daemon.spawn()
-            return bool(self._answers())
+            self._revive()
+            return self._answers()
 
-        until(answers, "all processes answer", 40)
+        until(answers, "all processes answer", 60)
         self.containerd.wait_connected()
+
+    def _revive(self) -> None:
+        """Start a keeper if there is none, as a service manager would."""
+        assert self.daemon.process is not None
+        if not self.daemon.process.running:
+            self.daemon.spawn()
 
     def pids(self) -> dict[str, int]:
         return dict(control.request(self.daemon.root / "keeper.sock", {"op": "status"})[0]["pids"])
@@ -292,12 +351,14 @@ class Stage:
 
     # invariants
 
-    def check(self) -> None:
+    def check(self, thorough: bool = True) -> None:
         self.worker.advance()
         self.client.cleanup()
         self._check_directories()
         self._check_images()
         self._check_containerd()
+        if not thorough:
+            return
         assert self.containerd.run(self.app, "/bin/cat", "/data/small").stdout == "small 1\n", "a new container runs"
 
     def _check_directories(self) -> None:
@@ -373,8 +434,3 @@ class Stage:
         self.containerd.try_ctr(*named, "prepare", "nudge")
         self.containerd.try_ctr(*named, "rm", "nudge")
         return False
-
-
-def points() -> list[str]:
-    """All of them, by process."""
-    return [name for names in POINTS.values() for name in names]

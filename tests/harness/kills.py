@@ -318,6 +318,7 @@ class Stage:
         self.worker.container.kill()
         self.worker = Worker(self, self._round_seconds)
         self.worker.advance()
+        self._app_snapshots = self.containerd.snapshots()
 
     def recover(self) -> None:
         """Wait until all three processes answer, and containerd reaches them."""

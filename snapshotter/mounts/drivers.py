@@ -122,15 +122,16 @@ def used_by(point: str, mounts: Sequence[Mount]) -> str:
 def overlay_of(directories: Iterable[str], mounts: Sequence[Mount]) -> str:
     """Where an overlay lies that is made of one of `directories`; "" if none.
 
-    It may name them relative to where its mounter stood, so the last two names decide: one overlay too many keeps a
+    It may name them relative to where its mounter stood; then the last two names decide: one overlay too many keeps a
     mount for a while, one too few takes an image from a container.
     """
-    wanted = {tuple(directory.split("/")[-2:]) for directory in directories}
+    exact = set(directories)
+    short = {"/".join(directory.split("/")[-2:]) for directory in exact}
     for mount in mounts:
         if mount.kind == "overlay":
-            named = (tuple(part.split("/")[-2:]) for part in _SEPARATOR.split(mount.options))
-            if not wanted.isdisjoint(named):
-                return mount.point
+            for part in _SEPARATOR.split(mount.options):
+                if part in exact if part.startswith("/") else "/".join(part.split("/")[-2:]) in short:
+                    return mount.point
     return ""
 
 

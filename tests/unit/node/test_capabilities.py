@@ -42,6 +42,8 @@ def test_configured_driver_is_the_only_one_tried() -> None:
     [
         ("rw,lowerdir=/r/snapshots/13/fs:/r/snapshots/12/mnt,upperdir=/u,workdir=/w", True),
         ("rw,lowerdir=13/fs:12/mnt,upperdir=/u", True),
+        ("rw,lowerdir=snapshots/13/fs:snapshots/12/mnt,upperdir=/u", True),
+        ("rw,lowerdir=/other/root/snapshots/12/mnt,upperdir=/u", False),
         ("rw,lowerdir+=/r/snapshots/12/mnt,lowerdir+=/x", True),
         ("rw,lowerdir=/r/snapshots/112/mnt:/r/snapshots/12/mnt2:/r/snapshots/12/mnt/sub", False),
     ],

@@ -24,13 +24,14 @@ class Layout:
     def socket(self) -> Path:
         return self.home / "c.sock"
 
-    def proxies(self) -> str:
-        """The same in all versions. 2.1 and later read here that pulls shall name their image."""
+    def proxies(self, *capabilities: str) -> str:
+        """2.1 and later read in the exports that pulls shall name their image; the others do not mind."""
         exports = {"enable_remote_snapshot_annotations": "true"} | dict(self.exports)
         lines = "".join(f'    {key} = "{value}"\n' for key, value in exports.items())
+        offered = f"  capabilities = {list(capabilities)}\n" if capabilities else ""
         return "".join(
             f'[proxy_plugins.{name}]\n  type = "snapshot"\n  address = "{socket}"\n'
-            f"  [proxy_plugins.{name}.exports]\n{lines}"
+            f"{offered}  [proxy_plugins.{name}.exports]\n{lines}"
             for name, socket in self.plugins.items()
         )
 

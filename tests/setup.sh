@@ -8,7 +8,7 @@ say() { printf '\033[1m== %s\033[0m\n' "$*"; }
 # program:package
 needed="containerd:containerd runc:runc docker-registry:docker-registry skopeo:skopeo debootstrap:debootstrap
 mkfs.erofs:erofs-utils busybox:busybox-static setfattr:attr setfacl:acl setcap:libcap2-bin fio:fio openssl:openssl git:git
-gpg:gnupg gpgv:gpgv mkfs.ext4:e2fsprogs losetup:mount time:time umoci:umoci"
+gpg:gnupg gpgv:gpgv mkfs.ext4:e2fsprogs losetup:mount time:time umoci:umoci groff:groff-base"
 export PATH="$PATH:/usr/sbin:/sbin"
 missing=""
 for pair in $needed; do

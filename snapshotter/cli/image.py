@@ -111,7 +111,7 @@ def _common(command: argparse.ArgumentParser, *, keys: bool = False) -> None:
         "--platform",
         metavar="P",
         default=this_platform(),
-        help="os/architecture[/variant] to take from an index (default: %(default)s)",
+        help="os/architecture[/variant] to take from an index (default: this machine's)",
     )
     command.add_argument(
         "--config", type=Path, metavar="FILE", help="configuration file; [registry], [keys] and [limits] are used"

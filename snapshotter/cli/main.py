@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapshotter import __version__
-from snapshotter.cli import audit, housekeeping, image, kbs, node
+from snapshotter.cli import audit, completion, explain, housekeeping, image, kbs, materialize, node
 from snapshotter.cli.doctor import command as doctor
 from snapshotter.errors import SnapshotterError
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Runs container images without downloading them first: containerd asks for snapshots, files are fetched when they are
 read, and sealed images are authenticated and decrypted in this machine's memory only."""
 
-_EPILOG = """\
+EPILOG = """\
 exit codes: 0 done; 1 failed; 2 wrong arguments or configuration; 3 not found; 4 exists already; 5 wrong state (serve
 runs already); 10 something does not answer; 11 refused (registry, policy or key); 12 a limit or quota is exceeded;
 20 content is not what it was promised to be; 130 interrupted"""
@@ -35,8 +35,8 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     top: argparse.ArgumentParser = _Parser(
         prog="coco-snapshotter",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"coco-snapshotter {__version__}")
@@ -44,9 +44,12 @@ def parser() -> argparse.ArgumentParser:
     node.register(commands)
     housekeeping.register(commands)
     doctor.register(commands)
+    explain.register(commands)
+    materialize.register(commands)
     image.register(commands)
     kbs.register(commands)
     audit.register(commands)
+    completion.register(commands)
     return top
 
 

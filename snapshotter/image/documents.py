@@ -81,7 +81,7 @@ class DocumentCache:
 
 def needed(directory: Path, manifests: Collection[str], limits: Limits) -> set[str]:
     """Names of the files in `directory` that restarting these images needs: their manifests, the configs these name,
-    and the indexes that list them. What cannot be read as such is not needed.
+    the indexes that list them, and signatures. What cannot be read as such is not needed.
     """
     found: set[str] = set()
     for path in directory.glob("*"):
@@ -95,7 +95,7 @@ def needed(directory: Path, manifests: Collection[str], limits: Limits) -> set[s
         entries = document.get("manifests")
         if isinstance(entries, list) and any(str(_object(entry).get("digest")) in manifests for entry in entries):
             found.add(path.name)
-    return found
+    return found | {f"{name.removeprefix('sha256:')}.signatures" for name in found | set(manifests)}
 
 
 def _object(found: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from snapshotter.cli.doctor.containerd_config import CRI_IMAGES, CRI_V1, TRANSFE
 NERDCTL_NAMES = ("nydus", "stargz", "overlaybd", "soci", "cvmfs-snapshotter")
 
 
+CAPABILITIES = {"remap-ids"}
 _CLOCKS_DIFFER = 2.0  # seconds: a process's age is known by another clock than a file's
 
 
@@ -44,6 +45,14 @@ def plugin(node: Node) -> Result:
         return fail(
             f'proxy plugin {wrong[0]}: its type is not "snapshot"', f'[proxy_plugins.{wrong[0]}] type = "snapshot"'
         )
+    for name, proxy in found.items():
+        claimed = proxy.get("capabilities", [])
+        unknown = sorted(set(map(str, claimed)) - CAPABILITIES) if isinstance(claimed, list) else ["capabilities"]
+        if unknown:
+            return fail(
+                f"proxy plugin {name} claims {unknown[0]}, which is not offered: pulls fail",
+                f'[proxy_plugins.{name}] capabilities = ["remap-ids"], or none',
+            )
     return ok(f"{', '.join(found)} at {node.config.address}")
 
 

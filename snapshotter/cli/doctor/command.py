@@ -68,10 +68,12 @@ def _node(arguments: argparse.Namespace) -> "Node":
     from snapshotter.cli.doctor.machine import ThisMachine
     from snapshotter.config import Config
     from snapshotter.errors import ConfigError
+    from snapshotter.image.initdata import with_initdata
 
     path, config, error = arguments.config, Config(), ""
     try:
         path, config = load_config(arguments)
+        config = with_initdata(config)
     except ConfigError as wrong:
         error = str(wrong)
     return Node(

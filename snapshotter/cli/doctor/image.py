@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import NamedTuple
 
 from snapshotter.cli.doctor.check import Check, Checks, Node, Result, Skipped, fail, ok, warn
@@ -15,12 +16,15 @@ from snapshotter.errors import (
     SnapshotterError,
     Unavailable,
 )
+from snapshotter.image.claim import LayerClaim
+from snapshotter.image.documents import DocumentCache
 from snapshotter.image.manifest import ResolvedImage
 from snapshotter.image.policy import ImagePolicy
-from snapshotter.image.resolver import LazyImage, OrdinaryImage
+from snapshotter.image.resolver import LazyImage, OrdinaryImage, Resolver
 from snapshotter.keys import configured
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.reference import Reference
+from snapshotter.snapshots.pullpath import origin
 
 
 class _Look(NamedTuple):
@@ -80,15 +84,21 @@ async def kind(node: Node) -> Result:
 
 
 async def policy(node: Node) -> Result:
-    """Whether it may run here under the name it was given."""
+    """Whether it may run here under the name it was given, decided as at a pull: pins, rules, signatures."""
     async with _resolved(node) as look:
-        digests = [digest for digest in (look.reference.digest, look.resolved.manifest_digest) if digest]
-        rules = ImagePolicy.of(node.config.mode, node.config.policy)
+        config, digest = node.config, look.resolved.manifest_digest
         try:
-            return ok(f"admitted: {rules.admit(look.reference, digests).rule}")
+            documents = DocumentCache(look.client, Path(config.cache_dir) / "documents", config.limits)
+            rules = ImagePolicy.of(config.mode, config.policy)
+            resolver = Resolver(documents, origin(config, rules, documents), config.limits)
+            layer = look.resolved.manifest.layers[-1].digest
+            image = await resolver.resolve(LayerClaim(str(look.reference), digest, layer, "", None))
+            return ok(f"admitted: {image.admission.rule}")
         except PolicyDenied as error:
-            name = f"{look.reference.host}/{look.reference.repository}@{look.resolved.manifest_digest}"
+            name = f"{look.reference.host}/{look.reference.repository}@{digest}"
             return fail(str(error), f'pull {name}, or [policy] pins = ["{name}"]')
+        except SnapshotterError as error:
+            return fail(str(error), "[policy] and what it names: files, keys, places of signatures")
 
 
 async def ranges(node: Node) -> Result:

@@ -89,7 +89,7 @@ def data_plane(node: Node) -> Result:
             "compare with the source: coco-snapshotter check docker://…",
         )
     if counters.get("eio"):
-        advice = "the registry: with it back, reads succeed again"
+        advice = "coco-snapshotter explain IMAGE; with the registry back, reads succeed again"
         return warn(f"{counters['eio']} reads failed", advice)
     if counters.get("cache_errors"):
         return warn(

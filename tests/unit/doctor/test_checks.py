@@ -188,6 +188,8 @@ CASES: list[tuple[str, Break, Status, str]] = [
     ("containerd-plugin", cri(ADDRESS, "/elsewhere.sock"), "fail", f'address = "{ADDRESS}"'),
     ("containerd-plugin", cri('"snapshot"', '"content"'), "fail", 'type = "snapshot"'),
     ("containerd-plugin", drop("texts", CONTAINERD), "skip", "cannot be read"),
+    ("containerd-plugin", cri("  type", '  capabilities = ["rebase"]\n  type'), "fail", "claims rebase"),
+    ("containerd-plugin", cri("  type", '  capabilities = ["remap-ids"]\n  type'), "ok", "coco at"),
     ("containerd-exports", cri(f'root = "{ROOT}"', 'root = "/elsewhere"'), "warn", f'exports] root = "{ROOT}"'),
     ("containerd-exports", cri(f'root = "{ROOT}"', "", CONFIG_2), "warn", "exports root nothing"),
     ("containerd-exports", cri(ADDRESS, "/elsewhere.sock"), "skip", "containerd-plugin"),

@@ -33,7 +33,7 @@ Handler = Callable[[Message, list[int]], "Awaitable[Reply | AsyncIterator[Reply]
 MAX_MESSAGE = 4 << 20
 MAX_FDS = 8  # of one message
 _PACKET = 48 << 10  # well below the default socket buffer, so that one packet always fits
-BACKLOG = 128
+BACKLOG = 1024  # a connection above it fails at once
 
 
 class ControlError(OSError):
@@ -143,6 +143,8 @@ def bind(path: str | Path, kind: int) -> socket.socket:
         before = os.umask(0o177)
         try:
             sock.bind(str(path))
+        except OSError as error:
+            raise OSError(error.errno or errno.ENAMETOOLONG, error.strerror or str(error), str(path)) from None
         finally:
             os.umask(before)
     except BaseException:
@@ -165,6 +167,9 @@ def _remove_stale(path: str, kind: int) -> None:
         return
     except (TimeoutError, BlockingIOError):
         pass  # a full backlog: somebody owns it
+    except OSError as error:
+        if error.errno != errno.EPROTOTYPE:  # somebody's socket of another kind
+            raise
     raise OSError(errno.EADDRINUSE, "another process listens here", path)
 
 

@@ -5,12 +5,12 @@ And a process that only has to show that it would work.
 Standard library only, like everything that the keeper imports.
 """
 
+import contextlib
 import json
 import math
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable
 
@@ -25,8 +25,8 @@ def log(level: str, event: str, **fields: object) -> None:
     """One JSON line to stderr, shaped like those of the workers."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     line = json.dumps({"event": event, **fields, "process": "keeper", "level": level, "timestamp": stamp})
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # whoever read the log is gone: no reason to go, too
+        os.write(2, f"{line}\n".encode())
 
 
 class Worker:

@@ -97,7 +97,7 @@ class ChunkCache:
             if not stat.S_ISREG(status.st_mode) or status.st_size != size:
                 return None
             data = os.read(fd, size)
-            if time.time() - status.st_mtime > _TOUCH_SECONDS:
+            if abs(time.time() - status.st_mtime) > _TOUCH_SECONDS:
                 with suppress(OSError):
                     os.utime(fd)
             return data if len(data) == size else None
@@ -281,7 +281,7 @@ class ChunkCache:
                         with suppress(OSError):
                             status = item.stat(follow_symlinks=False)
                             if item.name.startswith(_TEMPORARY):
-                                if clean and time.time() - status.st_mtime > _TOUCH_SECONDS:
+                                if clean and abs(time.time() - status.st_mtime) > _TOUCH_SECONDS:
                                     os.unlink(item.name, dir_fd=fd)
                             else:
                                 yield Entry(bucket, item.name, status.st_size, status.st_mtime)

@@ -71,6 +71,7 @@ def load_config(arguments: argparse.Namespace) -> tuple[Path | None, "Config"]:
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """Check everything that can be wrong from the start, then become the keeper: same pid, a fraction of the memory."""
+    _open_standard_streams()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the keeper handles it: there is nothing to reload yet
     from snapshotter import log
     from snapshotter.credentials import configured as credentials
@@ -102,6 +103,13 @@ def _become_keeper(config: "Config", path: Path | None) -> NoReturn:
     search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(search)
     os.execv(sys.executable, [sys.executable, "-P", "-m", "snapshotter.keeper", *flags])  # noqa: S606
+
+
+def _open_standard_streams() -> None:
+    """Give numbers 0 to 2, where they are closed, to /dev/null: a database that got one would get our log, too."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
 
 
 def run_status(arguments: argparse.Namespace) -> int:

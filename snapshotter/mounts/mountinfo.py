@@ -23,7 +23,7 @@ class Mount(NamedTuple):
 def read_mounts(text: str | None = None) -> list[Mount]:
     """All mounts of this process's namespace, in kernel order."""
     mounts = []
-    for line in (Path("/proc/self/mountinfo").read_text() if text is None else text).splitlines():
+    for line in (_read() if text is None else text).split("\n")[:-1]:  # names may hold what else ends a line
         left, _, right = line.partition(" - ")
         number, _, device, root, point = left.split(" ")[:5]
         kind, source, options = [*right.split(" "), "", ""][:3]
@@ -40,6 +40,11 @@ def mount_of(path: Path) -> Mount:
         os.close(fd)
     number = int(re.search(r"^mnt_id:\s*(\d+)$", info, re.MULTILINE)[1])  # type: ignore[index]  # always there
     return next(mount for mount in read_mounts() if mount.id == number)
+
+
+def _read() -> str:
+    """As file names are decoded: others mount what they like, wherever they like."""
+    return Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,7 @@ another user of this machine, and in mode confidential not the host under it eit
 """
 
 import os
+import resource
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ from snapshotter.errors import ConfigError
 from snapshotter.mounts.mountinfo import mount_of
 
 _MEMORY = ("tmpfs", "ramfs")
+_SOCKET_PATH = 107  # bytes, of any path that a socket is bound to
+_LONGEST_SOCKET = "snapshotd.sock"  # of those in root
+_DESCRIPTORS = 256
 
 
 def check(config: Config) -> None:
@@ -21,28 +25,50 @@ def check(config: Config) -> None:
     if os.geteuid() != 0:
         raise ConfigError("serve mounts file systems and must run as root", reason="not-root")
     root = Path(os.path.realpath(config.root))
-    _check_owner(root)
+    _check_owner("root", root)
+    _check_path(root)
+    for path in (config.root + f"/{_LONGEST_SOCKET}", f"{root}/{_LONGEST_SOCKET}", config.address):
+        if len(os.fsencode(path)) > _SOCKET_PATH:
+            raise ConfigError(f"{path} is too long for a socket ({_SOCKET_PATH} bytes)", reason="path")
+    # Who can rename the socket away gets containerd, which is root, to mount what he likes.
+    _check_owner("directory of address", Path(os.path.realpath(config.address)).parent)
+    _check_descriptors()
     if config.mode == "confidential":
         _check_apart(root, Path(os.path.realpath(config.cache_dir)), Path(os.path.realpath(config.address)))
         _check_trusted(root, config.trusted_devices)
         check_swap(config.trusted_devices, Path("/proc/swaps").read_text())
 
 
-def _check_owner(root: Path) -> None:
-    """Only root may own or write `root` or rename anything above it; a sticky directory such as /tmp is fine above."""
-    for path in (root, *root.parents):
+def _check_path(root: Path) -> None:
+    if set(str(root)) & set(",:\\\n"):
+        raise ConfigError(f"root {str(root)!r} has a character that overlay mount options cannot hold", reason="path")
+
+
+def _check_descriptors() -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most < _DESCRIPTORS:
+        raise ConfigError(
+            f"at most {most} open files are allowed, {_DESCRIPTORS} are the least that serves anybody",
+            reason="limit",
+            hint="LimitNOFILE= in the systemd unit, ulimit -Hn in a shell; each image and each client needs some",
+        )
+
+
+def _check_owner(what: str, place: Path) -> None:
+    """Only root may own or write `place` or rename anything above it; a sticky directory such as /tmp is fine above."""
+    for path in (place, *place.parents):
         try:
             status = path.lstat()
         except FileNotFoundError:
             continue  # will be made, mode 0700
         except OSError as error:
-            raise ConfigError(f"root {root}: {path}: {error.strerror}", reason="root-directory") from error
+            raise ConfigError(f"{what} {place}: {path}: {error.strerror}", reason="root-directory") from error
         if not stat.S_ISDIR(status.st_mode):
-            raise ConfigError(f"root {root}: {path} is no directory", reason="root-directory")
-        loose = status.st_mode & 0o022 and not (path != root and status.st_mode & stat.S_ISVTX)
+            raise ConfigError(f"{what} {place}: {path} is no directory", reason="root-directory")
+        loose = status.st_mode & 0o022 and not (path != place and status.st_mode & stat.S_ISVTX)
         if status.st_uid != 0 or loose:
             raise ConfigError(
-                f"root {root}: {path} has owner {status.st_uid} and mode {stat.S_IMODE(status.st_mode):04o}",
+                f"{what} {place}: {path} has owner {status.st_uid} and mode {stat.S_IMODE(status.st_mode):04o}",
                 reason="root-directory",
                 hint="only root may own it, and neither group nor others may write to it",
             )

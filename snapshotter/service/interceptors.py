@@ -14,14 +14,16 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
-from snapshotter.errors import Exhausted, FailedPrecondition, SnapshotterError
+from snapshotter.errors import Exhausted, FailedPrecondition, InvalidArgument, SnapshotterError
 from snapshotter.log import bind_request
 from snapshotter.monitor.tally import Counts, Histograms
 
 log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Decode: TypeAlias = Callable[[bytes], Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"  # generic only in the stubs
 
 SLOW_SECONDS = 1.0  # a call that takes longer is logged at level info
@@ -54,29 +56,28 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or handler.request_streaming:
             return handler
-        coding: Any = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
+        decode, encode = handler.request_deserializer or bytes, handler.response_serializer
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._guard_stream(details, handler.unary_stream), **coding)
-        return grpc.unary_unary_rpc_method_handler(self._guard_unary(details, handler.unary_unary), **coding)
+            stream = self._guard_stream(details, decode, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(stream, response_serializer=encode)
+        unary = self._guard_unary(details, decode, handler.unary_unary)
+        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=encode)
 
-    def _guard_unary(self, details: grpc.HandlerCallDetails, call: Any) -> Any:
-        async def guarded(request: Any, context: Context) -> Any:
-            with _Call(self, details, request, next(self._ids)) as running:
+    def _guard_unary(self, details: grpc.HandlerCallDetails, decode: Decode, call: Any) -> Any:
+        async def guarded(raw: bytes, context: Context) -> Any:
+            with _Call(self, details, next(self._ids)) as running:
                 try:
-                    return await call(request, context)
+                    return await call(running.decoded(decode, raw), context)
                 except Exception as error:  # noqa: BLE001 - every error has to become a status
                     await running.abort(context, error)
 
         return guarded
 
-    def _guard_stream(self, details: grpc.HandlerCallDetails, call: Any) -> Any:
-        async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
-            with _Call(self, details, request, next(self._ids)) as running:
+    def _guard_stream(self, details: grpc.HandlerCallDetails, decode: Decode, call: Any) -> Any:
+        async def guarded(raw: bytes, context: Context) -> AsyncIterator[Any]:
+            with _Call(self, details, next(self._ids)) as running:
                 try:
-                    async for response in call(request, context):
+                    async for response in call(running.decoded(decode, raw), context):
                         yield response
                 except Exception as error:  # noqa: BLE001 - every error has to become a status
                     await running.abort(context, error)
@@ -87,10 +88,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One RPC from its first to its last moment."""
 
-    def __init__(self, owner: ErrorInterceptor, details: grpc.HandlerCallDetails, request: Any, made_id: str) -> None:
+    def __init__(self, owner: ErrorInterceptor, details: grpc.HandlerCallDetails, made_id: str) -> None:
         self._owner = owner
         self._method = str(details.method).rpartition("/")[2]
-        self._request = request
+        self._request: Any = None
         metadata: Any = details.invocation_metadata or ()
         self._namespace = next((str(value) for key, value in metadata if key == _NAMESPACE), "")
         bind_request(given_id(metadata) or made_id)
@@ -122,6 +123,14 @@ class _Call:
             code=self._code,
             **self._fields,
         )
+
+    def decoded(self, decode: Decode, raw: bytes) -> Any:
+        """Here and not in gRPC, which would log a traceback and answer UNKNOWN."""
+        try:
+            self._request = decode(raw)
+        except DecodeError as error:
+            raise InvalidArgument(f"request cannot be decoded: {error}") from None
+        return self._request
 
     async def abort(self, context: Context, error: Exception) -> NoReturn:
         if isinstance(error, grpc.aio.AbortError):  # answered already
@@ -171,6 +180,8 @@ def translate(error: Exception) -> SnapshotterError | None:
 def _unwritable(number: int | None, text: str) -> SnapshotterError:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return Exhausted(text, hint="make room on the disk of root")
+    if number in (errno.EMFILE, errno.ENFILE):
+        return Exhausted(text, reason="no-descriptors", hint="raise LimitNOFILE=")
     if number == errno.EROFS:
         return FailedPrecondition(text, reason="read-only", hint="the disk of root must be writable")
     return SnapshotterError(text)

@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 
@@ -43,7 +44,7 @@ class Server:
             path.unlink(missing_ok=True)  # whoever bound it is gone: there is one process of this kind per root
             before = os.umask(0o177)
             try:
-                server.add_insecure_port(f"unix:{path}")
+                server.add_insecure_port(f"unix:{quote(str(path))}")
             finally:
                 os.umask(before)
             await server.start()

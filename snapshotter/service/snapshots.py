@@ -1,6 +1,6 @@
 """containerd's snapshot service: messages to calls of the snapshotter, and back. No decisions are made here."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -16,6 +16,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _NAMESPACE = "containerd-namespace"  # absent on calls of containerd's garbage collector
 _SECOND = 10**9
+_ANSWER_BYTES = 8 << 20  # of one message of a List, unless a single snapshot has more
 
 
 class SnapshotsService(SnapshotsServicer):
@@ -70,7 +71,8 @@ class SnapshotsService(SnapshotsServicer):
         self, request: snapshots_pb2.ListSnapshotsRequest, _context: Context
     ) -> AsyncIterator[snapshots_pb2.ListSnapshotsResponse]:
         async for batch in self._snapshotter.walk(request.snapshotter, request.filters):
-            yield snapshots_pb2.ListSnapshotsResponse(info=map(_info, batch))
+            for answer in _answers(batch):
+                yield answer
 
     async def Usage(self, request: snapshots_pb2.UsageRequest, _context: Context) -> snapshots_pb2.UsageResponse:
         size, inodes = await self._snapshotter.usage(request.snapshotter, request.key)
@@ -87,6 +89,18 @@ def _namespace(context: Context) -> str:
 
 def _mounts(found: Iterable[Mount]) -> list[mount_pb2.Mount]:
     return [mount_pb2.Mount(type=kind, source=source, options=options) for kind, source, options in found]
+
+
+def _answers(batch: Iterable[Info]) -> Iterator[snapshots_pb2.ListSnapshotsResponse]:
+    """Labels may be large, and messages are bounded on both sides."""
+    answer, size = snapshots_pb2.ListSnapshotsResponse(), 0
+    for info in map(_info, batch):
+        size += info.ByteSize()
+        if answer.info and size > _ANSWER_BYTES:
+            yield answer
+            answer, size = snapshots_pb2.ListSnapshotsResponse(), info.ByteSize()
+        answer.info.append(info)
+    yield answer
 
 
 def _info(info: Info) -> snapshots_pb2.Info:

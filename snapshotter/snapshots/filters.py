@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 from snapshotter.errors import InvalidArgument
 from snapshotter.snapshots.model import Info
-from snapshotter.snapshots.pattern import Pattern
+from snapshotter.snapshots.pattern import Effort, Pattern
+
+MAX_CHARACTERS, MAX_SELECTORS = 256 << 10, 1000  # of all filters of a request
 
 _FIELD = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 _OPERATOR = frozenset("=!~")
@@ -39,7 +41,15 @@ class Filter:
 
     def __init__(self, texts: Sequence[str]) -> None:
         """Raises InvalidArgument with the place of the error."""
-        self._alternatives = [_Parser(text).parse() for text in texts]
+        size = sum(map(len, texts))
+        if size > MAX_CHARACTERS or len(texts) > MAX_SELECTORS:
+            raise InvalidArgument(
+                f"{len(texts)} filters of {size} characters; {MAX_SELECTORS} of {MAX_CHARACTERS} are allowed"
+            )
+        effort = Effort()
+        self._alternatives = [_Parser(text, effort).parse() for text in texts]
+        if sum(map(len, self._alternatives)) > MAX_SELECTORS:
+            raise InvalidArgument(f"filters have more than {MAX_SELECTORS} conditions")
 
     def matches(self, info: Info) -> bool:
         return not self._alternatives or any(
@@ -70,13 +80,13 @@ def _field(info: Info, path: tuple[str, ...]) -> str | None:
     return None
 
 
-def _condition(operator: str, value: str) -> Callable[[str | None], bool]:
+def _condition(operator: str, value: str, effort: Effort) -> Callable[[str | None], bool]:
     if operator == "==":
         return lambda found: found == value
     if operator == "!=":
         return lambda found: found != value
     if operator == "~=":
-        pattern = Pattern(value)
+        pattern = Pattern(value, effort)
         return lambda found: found is not None and pattern.search(found)
     return lambda found: found is not None
 
@@ -84,8 +94,8 @@ def _condition(operator: str, value: str) -> Callable[[str | None], bool]:
 class _Parser:
     """Recursive descent over one filter string; white space between tokens means nothing."""
 
-    def __init__(self, text: str) -> None:
-        self._text, self._at = text, 0
+    def __init__(self, text: str, effort: Effort) -> None:
+        self._text, self._at, self._effort = text, 0, effort
 
     def parse(self) -> list[Selector]:
         if self._peek() == "":
@@ -102,11 +112,11 @@ class _Parser:
         field = self._fieldpath()
         operator = self._run(_OPERATOR.__contains__)
         if not operator:
-            return Selector(field, "", "", _condition("", ""))
+            return Selector(field, "", "", _condition("", "", self._effort))
         if operator not in ("==", "!=", "~="):
             raise self._error(f"unknown operator {operator!r}")
         value = self._value(regular=operator == "~=")
-        return Selector(field, operator, value, _condition(operator, value))
+        return Selector(field, operator, value, _condition(operator, value, self._effort))
 
     def _fieldpath(self) -> tuple[str, ...]:
         fields = [self._name()]

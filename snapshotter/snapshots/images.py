@@ -103,6 +103,7 @@ class Images:
         self._loaded: OrderedDict[tuple[str, str], LoadedImage] = OrderedDict()
         # A lock lives as long as somebody waits for it, so remote names cannot fill this table.
         self._locks: WeakValueDictionary[object, asyncio.Lock] = WeakValueDictionary()
+        self._mounting: set[asyncio.Task[None]] = set()
 
     @property
     def only_verified(self) -> bool:
@@ -175,7 +176,21 @@ class Images:
         return await self._loader.stored(Digest.parse(record.bootstrap))
 
     async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
-        """Idempotent: attach the image if the data plane does not hold it, then mount its EROFS at `target`."""
+        """Idempotent: attach the image if the data plane does not hold it, then mount its EROFS at `target`.
+
+        Begun, it goes on to its end whether or not somebody waits: half-way, threads and a child use descriptors of
+        ours, and those who ask next, or unmount, wait for the lock.
+        """
+        task = asyncio.create_task(self._mount(attach_id, record, target))
+        self._mounting.add(task)
+        task.add_done_callback(self._mounting.discard)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_note_failure)
+            raise
+
+    async def _mount(self, attach_id: int, record: ImageRecord, target: Path) -> None:
         async with self._lock(attach_id):
             if self._mounter.is_mounted(target):
                 return
@@ -236,6 +251,11 @@ class Images:
 
 def _kind(loaded: LoadedImage) -> str:
     return "sealed" if loaded.sealed else "plain"
+
+
+def _note_failure(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.info("mount that nobody waited for failed", error=str(error))
 
 
 def _lazy(snapshot_labels: Mapping[str, str]) -> bool:

@@ -15,6 +15,8 @@ MAX_STATES = 1024
 MAX_REPEAT = 1000  # as in RE2
 MAX_DEPTH = 100  # nested groups
 _MEMORY = 10_000  # remembered transitions
+_EFFORT = 4_000_000  # characters read and states passed for one request: a second or two
+_MADE = 20  # what a compiled state costs
 
 Test = Callable[[str], bool]
 Part = tuple[int, int]  # first and last state; the last one is an empty jump to be aimed
@@ -34,18 +36,34 @@ class _State(NamedTuple):
     next: tuple[int, ...]
 
 
+class Effort:
+    """What the patterns of one request may still cost. Linear time is long for large patterns on much text."""
+
+    def __init__(self) -> None:
+        self._left = _EFFORT
+
+    def spend(self, amount: int) -> None:
+        """Raises InvalidArgument once there is nothing left."""
+        self._left -= amount
+        if self._left < 0:
+            raise InvalidArgument("filter: its regular expressions take too long")
+
+
 class Pattern:
     """A compiled pattern. Raises InvalidArgument for what RE2 refuses or this subset lacks."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, effort: Effort) -> None:
         if len(text) > MAX_PATTERN:
             raise InvalidArgument(f"filter: regular expression of {len(text)} characters, {MAX_PATTERN} are allowed")
         compiler = _Compiler(text)
         self._states, self._first, self._last = compiler.compile()
+        self._effort = effort
+        effort.spend(_MADE * len(self._states))
         self._remembered: dict[tuple[frozenset[int], str, str], frozenset[int] | None] = {}
 
     def search(self, text: str) -> bool:
-        """Whether the pattern matches anywhere in `text`."""
+        """Whether the pattern matches anywhere in `text`. Raises InvalidArgument when the effort is spent."""
+        self._effort.spend(len(text))
         current = frozenset((self._first,))
         before = _START
         for character in text:
@@ -84,6 +102,7 @@ class Pattern:
                 new = [number for number in state.next if number not in reached]
                 reached.update(new)
                 todo += new
+        self._effort.spend(len(reached))
         return reached
 
 

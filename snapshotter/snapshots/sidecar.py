@@ -15,7 +15,7 @@ from snapshotter.snapshots.remote import ImageRecord
 from snapshotter.snapshots.store import Entry, Row
 
 NAME = "snapshot.json"
-MAX_BYTES = 20 << 20  # labels come in messages of at most 16 MiB
+MAX_BYTES = 64 << 20  # labels are at most 8 MiB, and JSON writes a control character in six
 
 
 class _Sidecar(msgspec.Struct, frozen=True, kw_only=True):

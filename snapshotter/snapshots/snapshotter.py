@@ -18,7 +18,6 @@ from snapshotter import failpoints
 from snapshotter.config import Limits
 from snapshotter.errors import (
     AlreadyExists,
-    ConfigError,
     FailedPrecondition,
     IntegrityError,
     InvalidArgument,
@@ -42,14 +41,13 @@ from snapshotter.snapshots.store import Entry, Layer, Row, Store
 log = structlog.get_logger(__name__)
 
 _BATCH = 100  # snapshots per message of a List
+_LABELS, _LABELS_BYTES = 10_000, 8 << 20  # of one snapshot, which has to fit into a message of 16 MiB
 
 
 class Snapshotter:
     """In every method, `plugin` is the name under which containerd knows this service: each has its own snapshots."""
 
     def __init__(self, root: Path, store: Store, images: RemoteImages, limits: Limits) -> None:
-        if set(str(root)) & set(",:\\\n"):
-            raise ConfigError(f"config: root {str(root)!r} has a character that overlay mount options cannot hold")
         recovery.require_verified(root, store, images.only_verified)
         self._store = store
         self._directories = Directories(root)
@@ -139,7 +137,7 @@ class Snapshotter:
         self._insert(Entry(plugin, row, _present(labels), verdict.record), "remote", RootAttributes())
 
     def _new(self, name: str, above: Row | None, kind: Kind) -> Row:
-        now = time.time_ns()
+        now = max(time.time_ns(), above.created_ns if above else 0)  # clocks are set back, parents stay older
         parent_id, parent = (above.id, above.name) if above else (None, "")
         return Row(self._store.new_id(), name, parent_id, kind, now, now, Usage(0, 0), None, parent)
 
@@ -381,6 +379,11 @@ class Snapshotter:
         for key, value in labels.items():
             if len(key.encode()) + len(value.encode()) > self._limits.label_bytes:
                 raise InvalidArgument(f"label {key[:100]!r}: key and value exceed {self._limits.label_bytes} bytes")
+        size = sum(len(key.encode()) + len(value.encode()) for key, value in labels.items())
+        if len(labels) > _LABELS or size > _LABELS_BYTES:
+            raise InvalidArgument(
+                f"snapshot {name[:100]!r}: {len(labels)} labels of {size} bytes, not {_LABELS} of {_LABELS_BYTES}"
+            )
 
 
 def _present(labels: Labels) -> dict[str, str]:
@@ -389,16 +392,15 @@ def _present(labels: Labels) -> dict[str, str]:
 
 def _masked(current: Labels, given: Labels, paths: Sequence[str]) -> dict[str, str]:
     """The labels after an Update. What follows `labels.` is the key as it is, dots and all; "" deletes."""
-    changed = dict(current) if paths else dict(given)
+    keys = []
     for path in paths:
         prefix, dot, key = path.partition(".")
         if prefix != "labels":
             raise InvalidArgument(f"field {path[:100]!r} cannot be updated")
-        if dot:
-            changed[key] = given.get(key, "")
-        else:
-            changed = dict(given)
-    return _present(changed)
+        keys += [key] if dot else []
+    if len(keys) < len(paths) or not paths:  # all of them
+        return _present(given)
+    return _present({**current, **{key: given.get(key, "") for key in keys}})
 
 
 def _lost(number: int) -> IntegrityError:

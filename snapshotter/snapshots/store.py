@@ -382,7 +382,7 @@ class Store:
             if new_parent.kind is not Kind.COMMITTED:
                 raise FailedPrecondition(f"parent snapshot {_short(parent)} is not committed")
             parent_id = new_parent.id
-        now = time.time_ns()
+        now = max(time.time_ns(), current.updated_ns)
         self._db.execute(
             "UPDATE snapshot SET (name, parent_id, kind, created_ns, updated_ns, size, inodes) = (?, ?, ?, ?, ?, ?, ?) "
             "WHERE id = ?",
@@ -393,7 +393,7 @@ class Store:
 
     def set_labels(self, plugin: str, row: Row, labels: Labels) -> "Entry":
         """Replace all labels."""
-        now = max(time.time_ns(), row.created_ns)
+        now = max(time.time_ns(), row.updated_ns)
         self._db.execute("UPDATE snapshot SET updated_ns = ? WHERE id = ?", (now, row.id))
         self._insert_labels(row.id, labels)
         changed = self.get(plugin, row.name)

@@ -1,6 +1,7 @@
 """Messages with descriptors between the processes, and the sockets and locks they use."""
 
 import asyncio
+import errno
 import os
 import socket
 import tempfile
@@ -182,6 +183,26 @@ def test_what_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no socket"):
         control.listen(tmp_path / "s")
     assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_neither_is_a_directory_a_link_or_a_socket_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(tmp_path / "other"))
+        for name in ("directory", "link", "other"):
+            before = os.lstat(tmp_path / name).st_ino
+            with pytest.raises(OSError, match=f"'{tmp_path}/{name}'") as error:
+                control.listen(tmp_path / name)
+            assert error.value.errno == errno.EADDRINUSE
+            assert os.lstat(tmp_path / name).st_ino == before
+    control.listen(tmp_path / "other").close()
+
+
+def test_a_place_where_no_socket_can_be_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing" / "s", tmp_path / ("x" * 120)):
+        with pytest.raises(OSError, match=str(path)):
+            control.listen(path)
 
 
 def test_lock_names_its_holder(tmp_path: Path) -> None:

@@ -51,6 +51,20 @@ async def target(work: Work) -> AsyncIterator[Path]:
             await ErofsMounter(-1, Erofs()).unmount(path)
 
 
+def test_mounts_of_others_may_have_any_name(work: Work) -> None:
+    """Names that are no UTF-8, or hold what Python takes for the end of a line."""
+    names = [b"\xff\xfe", "\x85\u2028\x0b\x1c".encode(), b"a b\tc\\d\ne", b" - "]
+    places = [os.fsencode(work.path) + b"/" + name for name in names]
+    for place in places:
+        os.mkdir(place)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
+    try:
+        assert {os.fsdecode(place) for place in places} <= {mount.point for mount in read_mounts()}
+    finally:
+        for place in places:
+            subprocess.run(["umount", place], check=True)
+
+
 @pytest.mark.parametrize("driver", ["auto", "file", "loop"])
 async def test_mounted_image_has_its_content(work: Work, session: int, target: Path, driver: str) -> None:
     mounter = ErofsMounter(session, Erofs(driver=driver, read_ahead=Size(512 << 10)))  # type: ignore[arg-type]

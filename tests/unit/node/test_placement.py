@@ -66,6 +66,51 @@ def test_root_is_judged_where_its_link_leads(tmp_path: Path) -> None:
     assert refusal(settings(tmp_path / "root")).reason == "root-directory"
 
 
+@pytest.mark.parametrize("character", [",", ":", "\\", "\n"])
+def test_root_that_mount_options_cannot_hold_is_refused_also_behind_a_link(tmp_path: Path, character: str) -> None:
+    place = tmp_path / f"a{character}b"
+    assert repr(str(place)) in str(refusal(settings(place)))
+    place.mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(place)
+    assert refusal(settings(tmp_path / "link")).reason == "path"
+
+
+def test_paths_of_sockets_are_short_enough(tmp_path: Path) -> None:
+    longest = tmp_path / ("x" * (107 - len(f"{tmp_path}//snapshotd.sock")))
+    placement.check(settings(longest))
+    assert "too long" in str(refusal(settings(Path(f"{longest}x"))))
+    (tmp_path / "link").symlink_to(f"{longest}x")
+    assert "too long" in str(refusal(settings(tmp_path / "link")))
+    address = f"{tmp_path}/{'ü' * ((107 - len(f'{tmp_path}/')) // 2)}"
+    placement.check(settings(tmp_path / "root", address=address))
+    assert "too long" in str(refusal(settings(tmp_path / "root", address=f"{address}yz")))
+
+
+@pytest.mark.parametrize(("mode", "owner"), [(0o777, 0), (0o1777, 0), (0o770, 0), (0o700, 1000)])
+def test_address_where_others_could_put_their_socket_is_refused(tmp_path: Path, mode: int, owner: int) -> None:
+    place = tmp_path / "run"
+    place.mkdir()
+    placement.check(settings(tmp_path / "root", address=f"{place}/sock"))
+    place.chmod(mode)
+    os.chown(place, owner, 0)
+    for address in (place / "sock", place / "missing" / "sock"):
+        found = refusal(settings(tmp_path / "root", address=str(address))) if mode != 0o1777 else None
+        assert found is None or f"owner {owner} and mode {mode:04o}" in str(found)
+    assert "address" in str(refusal(settings(tmp_path / "root", address=f"{place}/sock")))
+
+
+def test_address_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "no directory" in str(refusal(settings(tmp_path / "root", address=f"{tmp_path}/file/sock")))
+
+
+def test_too_few_descriptors_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (200, 255))
+    assert "LimitNOFILE" in str(refusal(settings(tmp_path / "root")))
+    monkeypatch.setattr("resource.getrlimit", lambda _: (200, 256))
+    placement.check(settings(tmp_path / "root"))
+
+
 def test_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("")
     assert "no directory" in str(refusal(settings(tmp_path / "root")))

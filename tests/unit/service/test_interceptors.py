@@ -52,6 +52,8 @@ async def stub(tmp_path: Path) -> AsyncIterator[SnapshotsStub]:
          "state directory: x (make room on the disk of root) reason=no-space", "no-space"),
         (OSError(errno.EROFS, "x"), Code.FAILED_PRECONDITION,
          "state directory: x (the disk of root must be writable) reason=read-only", "read-only"),
+        (OSError(errno.EMFILE, "x"), Code.RESOURCE_EXHAUSTED,
+         "state directory: x (raise LimitNOFILE=) reason=no-descriptors", "no-descriptors"),
     ],
 )  # fmt: skip
 async def test_statuses(

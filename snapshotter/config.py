@@ -175,6 +175,12 @@ class Log(Section, frozen=True):
     format: Literal["json", "console"] = "json"
 
 
+class Monitor(Section, frozen=True):
+    """Where the node tells about itself over HTTP."""
+
+    listen: str = ""  # "host:port" or "unix:/path"; "" = nowhere
+
+
 class Limits(Section, frozen=True):
     """Upper bounds on everything that comes from outside. One above is refused with reason=limit."""
 
@@ -219,6 +225,7 @@ class Config(Section, frozen=True):
     fetch: Fetch = Fetch()
     erofs: Erofs = Erofs()
     log: Log = Log()
+    monitor: Monitor = Monitor()
     limits: Limits = Limits()
 
 
@@ -232,6 +239,16 @@ def _decode(kind: type, value: Any) -> Any:
     if kind is Reserve and isinstance(value, str):
         return Reserve.parse(value)
     raise NotImplementedError(kind)  # pragma: no cover - msgspec asks only for Size
+
+
+def listen_address(text: str) -> tuple[str, int] | str:
+    """Host and port, or the path of a unix socket. Raises ConfigError."""
+    if text.startswith("unix:/"):
+        return text.removeprefix("unix:")
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9A-Za-z.-]+)):(\d{1,5})", text)
+    if not match or int(match[3]) > 65535:
+        raise ConfigError(f'config: monitor.listen must be "host:port" or "unix:/path", not {text[:100]!r}')
+    return match[1] or match[2], int(match[3])
 
 
 def load(path: Path | None, **overrides: str | None) -> Config:
@@ -249,6 +266,8 @@ def load(path: Path | None, **overrides: str | None) -> Config:
         config = msgspec.convert(table, Config, dec_hook=_decode)
     except msgspec.ValidationError as error:
         raise ConfigError(f"config {path or 'flags'}: {error}") from error
+    if config.monitor.listen:
+        listen_address(config.monitor.listen)
     for name in ("root", "cache_dir", "address"):
         if not getattr(config, name).startswith("/"):
             raise ConfigError(f"config: {name} must be an absolute path, not {getattr(config, name)!r}")

@@ -82,6 +82,21 @@ def request(
     return answer, received
 
 
+async def request_async(path: str | Path, message: Message) -> Message:
+    """Like `request`, without descriptors, on the running loop and for as long as the caller waits."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
+        sock.setblocking(False)
+        sock.connect(str(path))  # done at once, or refused: EAGAIN if too many wait already
+        await _send_async(sock, message, ())
+        with _Assembly() as assembly:
+            while (answer := await _nonblocking(sock, "add_reader", partial(assembly.take, sock))) is None:
+                pass
+    if "error" in answer:
+        raise ControlError(str(answer["error"]), str(answer.get("reason", "internal")))
+    found: Message = answer
+    return found
+
+
 def fetch_all(path: str | Path, message: Message, timeout: float = 10.0) -> tuple[dict[str, int], Message]:
     """Ask for a stream of `{"name": N}` + one fd, ended by `{"end": true, …}`; returns {N: fd} and the last message."""
     found: dict[str, int] = {}

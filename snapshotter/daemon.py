@@ -33,6 +33,7 @@ from snapshotter.ondemand.client import BlobdClient
 from snapshotter.ondemand.dataplane import DataPlane
 from snapshotter.service.server import Server
 from snapshotter.snapshots.operations import Operations
+from snapshotter.snapshots.overview import Overview
 from snapshotter.snapshots.recovery import open_store
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages
 from snapshotter.snapshots.snapshotter import Snapshotter
@@ -84,6 +85,7 @@ class Daemon:
         self._operations = Operations(
             self._snapshotter, store, self._mounted, Path(settings.cache_dir), settings.limits
         )
+        self._overview = Overview(store, self._mounted)
         self._server = Server(self._snapshotter, root)
         self._control = control.AsyncServer(control.listen(root / "snapshotd.sock"), self._handle)
 
@@ -99,9 +101,23 @@ class Daemon:
             await self._discard_dead_mounts()
             self._later.images.set_result(images)
             self._control.start()
-            yield
+            async with self._monitored():
+                yield
             failpoints.hit("snapshotd.drains")
             await self._drain()
+
+    @contextlib.asynccontextmanager
+    async def _monitored(self) -> AsyncIterator[None]:
+        """Answers at the monitor address, if there is one."""
+        if not self._settings.monitor.listen:
+            yield
+            return
+        server = await asyncio.to_thread(importlib.import_module, "snapshotter.monitor.server")
+        settings, root = self._settings, Path(self._settings.root)
+        monitor = server.Monitor(self._overview, self._server.calls, self._trail, root, settings.address, settings.mode)
+        await monitor.start(settings.monitor.listen)
+        yield
+        await monitor.stop()
 
     async def _drain(self) -> None:
         """Let calls end, then unmount the images that nobody uses."""

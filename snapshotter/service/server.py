@@ -32,7 +32,8 @@ class Server:
 
     def __init__(self, snapshotter: Snapshotter, root: Path) -> None:
         self._root = root
-        self._service = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=_OPTIONS)
+        self.calls = ErrorInterceptor()
+        self._service = grpc.aio.server(interceptors=(self.calls,), options=_OPTIONS)
         add_SnapshotsServicer_to_server(SnapshotsService(snapshotter), self._service)
         self._refusing = grpc.aio.server(handlers=(_Refusal(),), options=_OPTIONS)
 

@@ -281,6 +281,20 @@ class Store:
         found = self._db.execute(query, (plugin, ref, parent_id or 0)).fetchone()
         return found and found[0]  # type: ignore[no-any-return]
 
+    def count(self) -> dict[Kind, int]:
+        """Snapshots of all plugins by kind."""
+        found = dict(self._db.execute("SELECT kind, count(*) FROM snapshot GROUP BY kind"))
+        return {kind: found.get(kind, 0) for kind in Kind}
+
+    def require_readable(self) -> None:
+        """Raises sqlite3.Error."""
+        self._db.execute("SELECT 1 FROM snapshot LIMIT 1").fetchone()
+
+    def require_writable(self) -> None:
+        """Write and commit something that changes nothing. Raises sqlite3.Error."""
+        with self.transaction():
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+
     def named(self, key: str) -> list[int]:
         """Snapshots of this key, also below the namespace and number that containerd puts in front of it."""
         query = "SELECT id FROM snapshot WHERE name = ? OR substr(name, -length(?)) = ?"

@@ -277,3 +277,24 @@ def test_the_file_is_private(store: Store, tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
         ("metadata.db", "metadata.db-wal", "metadata.db-shm"), 0o600
     )
+
+
+def test_counting_many_snapshots_is_quick(store: Store) -> None:
+    now = time.time_ns()
+    with store.transaction():
+        for number in range(5000):
+            row = Row(store.new_id(), f"view-{number}", None, Kind.VIEW, now, now, Usage(0, 0), None, "")
+            store.insert(Entry(P, row, NONE, None))
+    begin = time.perf_counter()
+    assert store.count() == {Kind.VIEW: 5000, Kind.ACTIVE: 0, Kind.COMMITTED: 0}
+    assert time.perf_counter() - begin < 0.1
+
+
+def test_a_database_says_whether_it_can_be_read_and_written(store: Store, tmp_path: Path) -> None:
+    insert(store, "active")
+    store.require_readable()
+    store.require_writable()
+    store._db.execute("PRAGMA query_only = ON")
+    store.require_readable()
+    with pytest.raises(sqlite3.OperationalError):
+        store.require_writable()

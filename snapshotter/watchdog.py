@@ -21,18 +21,16 @@ HOPELESS = 36  # probes since the last answer, restarts and all
 
 
 class _Probe:
-    """One worker, asked over and over again, one question at a time."""
+    """A worker of one name, asked over and over again, one question at a time."""
 
-    def __init__(self, worker: Worker, loop: Loop) -> None:
-        self.worker = worker
+    def __init__(self, loop: Loop) -> None:
         self.silent = 0  # probes since the last answer of any process
         self._loop = loop
         self._pid = 0
         self._missed = 0
         self._sock: socket.socket | None = None
 
-    def step(self) -> None:
-        worker = self.worker
+    def step(self, worker: Worker) -> None:
         self.silent += 1
         if worker.pid != self._pid:
             self._close()
@@ -40,7 +38,7 @@ class _Probe:
         if not worker.pid:
             return
         if self._sock is None:
-            self._ask()
+            self._ask(worker.socket)
         self._missed += 1
         if self._missed > (MISSED if worker.ready else MISSED_STARTING):
             log("error", "worker does not answer and is killed", worker=worker.name, pid=worker.pid)
@@ -48,11 +46,11 @@ class _Probe:
             worker.kill(signal.SIGKILL)
             self._missed = 0
 
-    def _ask(self) -> None:
+    def _ask(self, path: str) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)
         try:
-            sock.connect(self.worker.socket)
+            sock.connect(path)
             control.send(sock, {"op": "ping"})
         except OSError:  # not there yet, or too many wait already
             sock.close()
@@ -75,8 +73,11 @@ class _Probe:
 
 
 class Watchdog:
+    """`workers` is looked at whenever they are asked: one may be replaced by another of its name."""
+
     def __init__(self, workers: Sequence[Worker], loop: Loop) -> None:
-        self._probes = [_Probe(worker, loop) for worker in workers]
+        self._workers = workers
+        self._probes = {worker.name: _Probe(loop) for worker in workers}
         self._due = time.monotonic()
 
     def remaining(self) -> float:
@@ -87,10 +88,10 @@ class Watchdog:
         """Ask every worker, if it is time to; kill the ones that have been silent for too long."""
         if self.remaining() <= 0:
             self._due = time.monotonic() + PROBE_SECONDS
-            for probe in self._probes:
-                probe.step()
+            for worker in self._workers:
+                self._probes[worker.name].step(worker)
 
     @property
     def helpless(self) -> list[str]:
         """Workers that do not answer although they were started again."""
-        return [probe.worker.name for probe in self._probes if probe.silent > HOPELESS]
+        return [name for name, probe in self._probes.items() if probe.silent > HOPELESS]

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from snapshotter.digest import Digest
+from snapshotter.monitor.tally import Count
 from snapshotter.registry import ranges
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.reference import Reference
@@ -16,6 +17,9 @@ class RangeSource(Protocol):
         self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int
     ) -> AsyncGenerator[bytes, None]:
         """Exactly `length` bytes of a blob from `offset`, in pieces of any size."""
+
+    def host_failures(self) -> list[Count]:
+        """How often a host did not serve what it was asked for, by host and reason."""
 
     def distrust(self, reference: Reference, digest: Digest) -> int:
         """What came for this blob is wrong: whoever else has it is asked first now. How many can be asked in all."""

@@ -57,6 +57,11 @@ def families(found: Mapping[str, Any] | None, names: Mapping[int, str]) -> list[
             ["outcome"],
             told.get("fetches", []),
         ),
+        counter(
+            "coco_host_failures_total",
+            "Requests for ranges that a registry or mirror did not serve, by host and reason.",
+            by(["host", "reason"], told.get("hosts", [])),
+        ),
         histogram(
             "coco_decode_duration_seconds",
             "How long chunks took to be authenticated, decrypted, decompressed and checked.",

@@ -84,7 +84,7 @@ class Blobd:
             fds["fuse"], self._memory, self._devices, self._counters, loop,
             threads=max(2, cpus), ended=self.ended.set,
         )  # fmt: skip
-        self._reports = Reports(self._counters, self._session, self._memory, self._cache, settings.cache.quota)
+        self._reports = Reports(self._counters, self._session, self._memory, self._cache, source, settings.cache.quota)
         self._server = control.AsyncServer(socket.socket(fileno=os.dup(fds["listen-blobd"])), self._handle)
 
     def start(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters, ImageCounters
+from snapshotter.blobs.source import RangeSource
 from snapshotter.monitor import journal
 from snapshotter.ondemand.inflight import SessionMemory
 from snapshotter.ondemand.session import Session
@@ -15,12 +16,19 @@ class Reports:
     """Looks at the parts of blobd; on its loop."""
 
     def __init__(
-        self, counters: Counters, session: Session, memory: SessionMemory, cache: ChunkCache, quota: int
+        self,
+        counters: Counters,
+        session: Session,
+        memory: SessionMemory,
+        cache: ChunkCache,
+        source: RangeSource,
+        quota: int,
     ) -> None:
         self._counters = counters
         self._session = session
         self._memory = memory
         self._cache = cache
+        self._source = source
         self._quota = quota
 
     def metrics(self) -> dict[str, Any]:
@@ -32,6 +40,7 @@ class Reports:
             "failures": counters.failures.snapshot(),
             "fetches": counters.fetches.snapshot(),
             "waits": counters.waits.snapshot(),
+            "hosts": self._source.host_failures(),
             "decodes": counters.decodes.snapshot(),
             "images": [
                 {"id": number, "manifest": image.manifest, "counters": image.snapshot()}

@@ -25,6 +25,7 @@ from snapshotter.errors import (
     RegistryUnavailable,
     SnapshotterError,
 )
+from snapshotter.monitor.tally import Count
 from snapshotter.registry import ranges
 from snapshotter.registry.auth import Authenticator
 from snapshotter.registry.endpoint import Endpoint, Scope
@@ -85,6 +86,10 @@ class RegistryClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self._exit.aclose()
+
+    def host_failures(self) -> list[Count]:
+        """How often a host did not serve what it was asked for, by host and reason."""
+        return self._health.failures.snapshot()
 
     async def manifest(self, reference: Reference) -> tuple[bytes, str, Digest]:
         """The document a reference names, its Content-Type, and the digest computed from it.

@@ -16,6 +16,7 @@ import structlog
 from yarl import URL
 
 from snapshotter.errors import IntegrityError, RegistryUnavailable, SnapshotterError
+from snapshotter.monitor.tally import Counts
 from snapshotter.registry.endpoint import Endpoint
 from snapshotter.registry.retry import Attempts, Clock, Transient
 
@@ -45,6 +46,7 @@ class Health:
     """What is known about hosts. `probe` asks one for anything, and raises RegistryUnavailable while it is not well."""
 
     def __init__(self, clock: Clock, probe: Probe) -> None:
+        self.failures = Counts()  # by host and reason
         self._clock = clock
         self._probe = probe
         self._resting: OrderedDict[URL, _Rest] = OrderedDict()
@@ -153,6 +155,7 @@ class Tour:
         """
         host = self._left.pop(0)
         self._errors[host] = error
+        self._health.failures.add(str(host.url.origin()), error.reason)
         if len(self._hosts) > 1:
             self._health.failed(host, self._key, error)
             log.info("host did not serve", host=str(host.url.origin()), error=str(error))

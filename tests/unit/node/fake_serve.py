@@ -14,7 +14,7 @@ if __name__ == "__main__":
     worker = str(Path(__file__).with_name("fake_worker.py"))
     if Path(root, "die").exists():
         sys.exit(9)
-    watchdog.PROBE_SECONDS = float(os.environ.pop("FAKE_PROBE_SECONDS", watchdog.PROBE_SECONDS))
+    watchdog.PROBE_SECONDS = float(os.environ.get("FAKE_PROBE_SECONDS", watchdog.PROBE_SECONDS))
     os.umask(0o077)
     Path(root).mkdir(exist_ok=True)
     commands = {name: [sys.executable, "-P", worker, name, root] for name in keeper.MODULES}

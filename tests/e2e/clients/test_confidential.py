@@ -40,6 +40,23 @@ def test_what_must_not_run_is_refused_with_its_reason(puller: Puller, images: Im
     assert "reason=not-sealed" in refusal(puller, images.ordinary().by_digest)
 
 
+@pytest.mark.parametrize("path", [CTR_TRANSFER], ids=str)
+def test_each_namespace_is_judged_for_itself_and_shares_what_is_there(puller: Puller, images: Images) -> None:
+    image = images.sealed()
+    reference = puller.pull(image)
+    mark = images.registry.mark()
+    other = puller.in_namespace("other")
+    assert "reason=unauthentic-image" in refusal(other, image.by_tag)
+    other.pull(image)
+    assert not images.registry.since(mark).of(set(image.layers)), "what the node has is not fetched again"
+    assert len(puller.daemon.status()["images"]) == 1
+    for each in (puller, other):
+        assert each.shell(reference, READ_ALL) == expected()
+    assert len(puller.daemon.images_mounted()) == 1
+    other.remove_images()
+    assert puller.shell(reference, READ_ALL) == expected()
+
+
 @pytest.mark.parametrize("path", [NERDCTL_COCO[-1]], ids=str)
 def test_hints_prove_nothing_about_the_config_that_runs(puller: Puller, images: Images) -> None:
     assert "reason=unauthentic-image" in refusal(puller, images.sealed().by_digest)

@@ -1,5 +1,7 @@
 """What kubelet does with a pod, on every version."""
 
+from typing import Any
+
 import pytest
 
 from tests.e2e.clients.paths import CRI, CRI_TRANSFER, Puller
@@ -32,11 +34,17 @@ def test_a_pod_from_its_start_to_its_removal(puller: Puller, images: Images) -> 
         return int(shown["writableLayer"]["usedBytes"]["value"])
 
     until(lambda: written() >= 2 << 20, "what it wrote is counted")
-    status = crictl.json("imagefsinfo")["status"]
-    filesystems = status.get("imageFilesystems", [status])
     guessed = puller.containerd.home / "root/io.containerd.snapshotter.v1.coco"
     place = guessed if puller.path.release is DEBIAN else puller.daemon.root  # 1.6 does not read the plugin's exports
-    assert [item["fsId"]["mountpoint"] for item in filesystems] == [str(place)]
+
+    def filesystems() -> list[dict[str, Any]]:
+        status = crictl.json("imagefsinfo")["status"]
+        found: list[dict[str, Any]] = status.get("imageFilesystems", [status])
+        return found
+
+    assert [each["fsId"]["mountpoint"] for each in filesystems()] == [str(place)]
+    counted = ("usedBytes", "inodesUsed")
+    until(lambda: all(int(each[it]["value"]) > 0 for each in filesystems() for it in counted), "images take up space")
     crictl("stop", "--timeout", "0", container)
     assert crictl.state(container) == "CONTAINER_EXITED"
     crictl("rm", container)

@@ -85,7 +85,7 @@ def config_v3(layout: Layout) -> str:
     )
     return f"""version = 3
 disabled_plugins = ["io.containerd.snapshotter.v1.devmapper", "io.containerd.tracing.processor.v1.otlp"]
-{layout.places()}{layout.proxies()}
+{layout.places()}{layout.proxies("remap-ids")}
 [plugins.'io.containerd.internal.v1.opt']
   path = "{home}/opt"
 [plugins.'io.containerd.nri.v1.nri']

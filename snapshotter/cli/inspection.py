@@ -17,7 +17,7 @@ from snapshotter.errors import InvalidArgument, KeyDenied
 from snapshotter.formats import blobmeta
 from snapshotter.formats.rafs6_tree import TreeEntry, walk
 from snapshotter.image.manifest import ResolvedImage
-from snapshotter.image.resolver import LazyImage, OrdinaryImage
+from snapshotter.image.resolver import EncryptedImage, Image, LazyImage
 from snapshotter.keys.configured import any_configured
 from snapshotter.ondemand.attachment import BlobDevice
 from snapshotter.registry.transport import open_location, parse_location
@@ -37,8 +37,8 @@ async def run(arguments: argparse.Namespace, config: Config) -> int:
     if opened is not None:
         document |= _inside(opened)
     if arguments.tree and opened is None:
-        if isinstance(image, OrdinaryImage):
-            raise InvalidArgument("--tree: an ordinary image has no bootstrap that lists its files")
+        if not isinstance(image, LazyImage):
+            raise InvalidArgument("--tree: only a lazy image has a bootstrap that lists its files")
         raise KeyDenied("--tree: the files of this image are visible only with --key")
     if arguments.json:
         if arguments.tree and opened is not None:
@@ -52,7 +52,7 @@ async def run(arguments: argparse.Namespace, config: Config) -> int:
     return 0
 
 
-def _outside(shown: str, resolved: ResolvedImage, image: LazyImage | OrdinaryImage) -> dict[str, Any]:
+def _outside(shown: str, resolved: ResolvedImage, image: Image) -> dict[str, Any]:
     """What everybody sees."""
     layers = [
         {
@@ -74,6 +74,8 @@ def _outside(shown: str, resolved: ResolvedImage, image: LazyImage | OrdinaryIma
     kind = "ordinary"
     if isinstance(image, LazyImage):
         kind = "encrypted" if image.encrypted else "plain"
+    elif isinstance(image, EncryptedImage):
+        kind = "encrypted layers"
     return {
         "reference": shown,
         "manifest": resolved.manifest_digest,

@@ -13,9 +13,9 @@ from snapshotter.errors import LimitExceeded
 from snapshotter.formats.rafs6 import Bootstrap
 from snapshotter.image.manifest import ResolvedImage, fetch_image
 from snapshotter.image.policy import Admission
-from snapshotter.image.resolver import LazyImage, OrdinaryImage, plan
+from snapshotter.image.resolver import Image, LazyImage, plan
 from snapshotter.keys import configured, ocicrypt
-from snapshotter.keys.provider import FileKeys
+from snapshotter.keys.provider import FileKeys, KeyProvider
 from snapshotter.ondemand.attachment import BlobDevice
 from snapshotter.registry.reference import Reference
 from snapshotter.registry.transport import ImageSource
@@ -32,7 +32,7 @@ class Opened:
 
 async def resolve(
     source: ImageSource, reference: Reference, platform: str, config: Config
-) -> tuple[ResolvedImage, LazyImage | OrdinaryImage]:
+) -> tuple[ResolvedImage, Image]:
     """Manifest and config, verified, and what kind of image they make."""
     resolved = await fetch_image(source, reference, platform, config.limits)
     pinned = reference.pinned(resolved.manifest_digest)
@@ -54,7 +54,7 @@ async def open_image(source: ImageSource, image: LazyImage, keys: Sequence[Path 
         image.source, descriptor.digest, descriptor.size, limits.bootstrap_bytes
     )
     if descriptor.media_type.endswith(labels.ENCRYPTED_SUFFIX):
-        provider = FileKeys(keys) if keys else configured.provider(config.keys)
+        provider = key_provider(keys, config)
         layer = await ocicrypt.decrypt_layer(layer, descriptor.annotations, provider, limits)
     opened = open_layer(image, layer, limits)
     sizes = {blob.digest.hex: blob.size for blob in image.blobs}
@@ -68,3 +68,8 @@ async def open_image(source: ImageSource, image: LazyImage, keys: Sequence[Path 
         devices = await tables.stock_devices(opened.bootstrap, opened.files, sizes, limits, read)
     opened.bootstrap.validate(tables.chunk_tables(devices))
     return Opened(opened.bootstrap, opened.files, devices)
+
+
+def key_provider(keys: Sequence[Path | str], config: Config) -> KeyProvider:
+    """The key files given, else what is configured. Raises ConfigError."""
+    return FileKeys(keys) if keys else configured.provider(config.keys)

@@ -1,11 +1,14 @@
 """`check`: every byte of an image, verified the way a node would verify it when it is read."""
 
 import argparse
+import asyncio
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from snapshotter.build.feed import consume
 from snapshotter.build.stream import ByteStream, decompressed
-from snapshotter.cli.opened import Opened, open_image, resolve
+from snapshotter.cli.opened import Opened, key_provider, open_image, resolve
 from snapshotter.cli.progress import Progress
 from snapshotter.config import Config
 from snapshotter.crypto import chunk
@@ -13,10 +16,11 @@ from snapshotter.digest import Digest
 from snapshotter.errors import DigestMismatch, MalformedImage
 from snapshotter.formats import blobmeta
 from snapshotter.image.manifest import Descriptor, ResolvedImage
-from snapshotter.image.resolver import LazyImage, OrdinaryImage
+from snapshotter.image.resolver import EncryptedImage, LazyImage, OrdinaryImage
 from snapshotter.ondemand.attachment import BlobDevice
 from snapshotter.registry.reference import Reference
 from snapshotter.registry.transport import ImageSource, open_location, parse_location
+from snapshotter.snapshots.wholelayers import WholeLayers
 
 
 async def run(arguments: argparse.Namespace, config: Config) -> int:
@@ -29,6 +33,11 @@ async def run(arguments: argparse.Namespace, config: Config) -> int:
         if isinstance(image, OrdinaryImage):
             await _check_ordinary(source, location.reference, resolved, progress)
             print(f"ok: ordinary image, {len(resolved.manifest.layers)} layers")
+            return 0
+        if isinstance(image, EncryptedImage):
+            layers = WholeLayers(source, key_provider(arguments.key, config), config.limits)
+            await _check_encrypted(source, image, layers, progress)
+            print(f"ok: image of {len(image.layers)} layers, encrypted as a whole")
             return 0
         opened = await open_image(source, image, arguments.key, config)
         progress.note(f"bootstrap layer {image.bootstrap.digest}: ok")
@@ -43,13 +52,34 @@ async def _check_ordinary(
 ) -> None:
     layers = zip(resolved.manifest.layers, resolved.image_config.diff_ids, strict=True)
     for layer, diff_id in layers:
+        await _check_layer(source, reference, layer, diff_id, progress)
+
+
+async def _check_layer(
+    source: ImageSource, reference: Reference, layer: Descriptor, diff_id: Digest, progress: Progress
+) -> None:
+    progress.begin(f"layer {layer.digest}", layer.size)
+    stream = source.blob_stream(reference, layer.digest, layer.size)
+    found = await consume(stream, _diff_id)
+    progress.advance(layer.size)
+    progress.end()
+    if found != diff_id:
+        raise DigestMismatch(f"layer {layer.digest}: unpacks to {found}, the config says {diff_id}")
+
+
+async def _check_encrypted(source: ImageSource, image: EncryptedImage, layers: WholeLayers, progress: Progress) -> None:
+    for number, layer in enumerate(image.layers):
+        encrypted = image.layer(number)
+        if encrypted is None:
+            await _check_layer(source, image.source, layer, image.diff_ids[number], progress)
+            continue
         progress.begin(f"layer {layer.digest}", layer.size)
-        stream = source.blob_stream(reference, layer.digest, layer.size)
-        found = await consume(stream, _diff_id)
+        async with layers.opened(encrypted, Path(tempfile.gettempdir())) as plain:
+            found = await asyncio.to_thread(_diff_id, plain)
         progress.advance(layer.size)
         progress.end()
-        if found != diff_id:
-            raise DigestMismatch(f"layer {layer.digest}: unpacks to {found}, the config says {diff_id}")
+        if found != encrypted.diff_id:
+            raise DigestMismatch(f"layer {layer.digest}: unpacks to {found}, the config says {encrypted.diff_id}")
 
 
 def _diff_id(pieces: Iterator[bytes]) -> Digest:

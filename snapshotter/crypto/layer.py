@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import Final
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from snapshotter.crypto import encoding
 from snapshotter.crypto.secret import SecretBytes
@@ -108,12 +108,36 @@ def encrypt_with(plain: bytes | bytearray | memoryview, private: LayerPrivate) -
     return cipher, LayerPublic(hmac.digest(key, cipher, "sha256"))
 
 
+class Mac:
+    """The MAC of a layer that comes in pieces."""
+
+    def __init__(self, private: LayerPrivate) -> None:
+        self._hmac = hmac.new(private.symkey.expose(), digestmod="sha256")
+
+    def update(self, cipher: bytes) -> None:
+        self._hmac.update(cipher)
+
+    def check(self, public: LayerPublic) -> None:
+        """Raises DecryptError (layer-hmac)."""
+        if not compare_digest(self._hmac.digest(), public.hmac):
+            raise _wrong_hmac()
+
+
+def decryptor(private: LayerPrivate) -> CipherContext:
+    """Decrypts a layer from its beginning, piece by piece; only for what `Mac` has accepted."""
+    return Cipher(algorithms.AES(private.symkey.expose()), modes.CTR(private.nonce)).decryptor()
+
+
 def decrypt_verified(cipher: bytes | bytearray | memoryview, private: LayerPrivate, public: LayerPublic) -> bytearray:
     """The plaintext, as long as `cipher`. Raises DecryptError (layer-hmac) before a byte is decrypted."""
     key = private.symkey.expose()
     if not compare_digest(hmac.digest(key, cipher, "sha256"), public.hmac):
-        raise DecryptError("layer: its HMAC does not match", reason="layer-hmac")
+        raise _wrong_hmac()
     plain = bytearray(len(cipher) + _BLOCK - 1)  # the slack is what update_into asks for
     written = Cipher(algorithms.AES(key), modes.CTR(private.nonce)).decryptor().update_into(cipher, plain)
     del plain[written:]
     return plain
+
+
+def _wrong_hmac() -> DecryptError:
+    return DecryptError("layer: its HMAC does not match", reason="layer-hmac")

@@ -6,7 +6,7 @@ computed here from what a layer *is*, and an image is refused if it claims other
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from snapshotter import labels
 from snapshotter.config import Limits
@@ -35,7 +35,7 @@ class LazyImage:
 
     @property
     def encrypted(self) -> bool:
-        return self.bootstrap.media_type.endswith(labels.ENCRYPTED_SUFFIX)
+        return is_encrypted(self.bootstrap)
 
     def chain(self, bootstrap_diff_id: str) -> list[str]:
         """Chain ids of the data blobs and the bootstrap, bottom first (OCI image-spec config.md, Layer ChainID)."""
@@ -62,6 +62,38 @@ class OrdinaryImage:
     admission: Admission
 
 
+@dataclass(frozen=True, slots=True)
+class EncryptedLayer:
+    """A layer that is encrypted as a whole (ocicrypt), and what its archive must hash to."""
+
+    source: Reference
+    descriptor: Descriptor
+    diff_id: Digest
+    admission: Admission
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptedImage:
+    """An ordinary image some of whose layers are encrypted as a whole. `diff_ids` are those of the plain archives."""
+
+    reference: Reference
+    source: Reference
+    manifest_digest: Digest
+    layers: tuple[Descriptor, ...]
+    diff_ids: tuple[Digest, ...]
+    admission: Admission
+
+    def layer(self, number: int) -> EncryptedLayer | None:
+        """Layer `number`, bottom first, if it is encrypted."""
+        descriptor = self.layers[number]
+        if not is_encrypted(descriptor):
+            return None
+        return EncryptedLayer(self.source, descriptor, self.diff_ids[number], self.admission)
+
+
+Image: TypeAlias = LazyImage | EncryptedImage | OrdinaryImage
+
+
 class Resolver:
     """Fetches manifests and configs, and admits them."""
 
@@ -71,7 +103,7 @@ class Resolver:
         self._policy = origin.policy
         self._limits = limits
 
-    async def resolve(self, claim: LayerClaim) -> LazyImage | OrdinaryImage:
+    async def resolve(self, claim: LayerClaim) -> Image:
         """Raises PolicyDenied, DigestMismatch, MalformedImage, LimitExceeded and the registry's errors."""
         reference = Reference.parse(claim.image)
         manifest = claim.manifest or await self._hinted(reference, claim.chain_id)
@@ -89,7 +121,7 @@ class Resolver:
         resolved = await fetch_image(self._source, source, None, self._limits)
         image = plan(reference, source, resolved.manifest, resolved.manifest_digest, resolved.config, admission)
         if claim.bootstrap is not None and (
-            isinstance(image, OrdinaryImage) or image.bootstrap.digest != claim.bootstrap
+            not isinstance(image, LazyImage) or image.bootstrap.digest != claim.bootstrap
         ):
             raise IntegrityError(
                 f"image {reference}: has another bootstrap than its tag says", reason="digest-mismatch"
@@ -97,9 +129,23 @@ class Resolver:
         if isinstance(image, OrdinaryImage):
             self._policy.require_sealed(reference, False, "it has no bootstrap layer")
             return image
+        if isinstance(image, EncryptedImage):
+            return replace(image, admission=self._admit_layers(image))
         self._policy.require_sealed(reference, image.encrypted, "its bootstrap layer is not encrypted")
         admission = self._policy.check_wrapping(reference, admission, image.bootstrap.annotations, self._limits)
         return replace(image, admission=admission, documents=(*digests, resolved.manifest.config.digest))
+
+    def _admit_layers(self, image: EncryptedImage) -> Admission:
+        encrypted = [layer for layer in image.layers if is_encrypted(layer)]
+        everything = len(encrypted) == len(image.layers)
+        self._policy.require_sealed(image.reference, everything, "not all of its layers are encrypted")
+        admission = image.admission
+        for layer in encrypted:
+            admission = self._policy.check_wrapping(image.reference, image.admission, layer.annotations, self._limits)
+        if admission.authentic and not image.admission.authentic:
+            # The KEK tells who made each layer, and nothing tells which of them belong together, or the config.
+            raise PolicyDenied(f"image {image.reference}: a KEK makes only sealed images authentic")
+        return admission
 
     async def keep(self, admission: Admission) -> None:
         """Remember what an image that passed every step was admitted by."""
@@ -147,14 +193,15 @@ def plan(
     manifest_digest: Digest,
     config: dict[str, Any],
     admission: Admission,
-) -> LazyImage | OrdinaryImage:
+) -> Image:
     """Tell data blobs, bootstrap and ordinary layers apart. Raises MalformedImage for a mixture that has no meaning."""
     layers = manifest.layers
     bootstraps = [i for i, layer in enumerate(layers) if labels.NYDUS_BOOTSTRAP in layer.annotations]
     blobs = [i for i, layer in enumerate(layers) if _is_blob(layer)]
     if not bootstraps and not blobs:
-        if any(layer.media_type.endswith(labels.ENCRYPTED_SUFFIX) for layer in layers):
-            raise PolicyDenied(f"image {reference}: has encrypted layers but no bootstrap", reason="not-sealed")
+        if any(map(is_encrypted, layers)):
+            diff_ids = tuple(map(Digest.parse, config["rootfs"]["diff_ids"]))
+            return EncryptedImage(reference, source, manifest_digest, layers, diff_ids, admission)
         return OrdinaryImage(manifest_digest, admission)
     if len(bootstraps) != 1 or blobs != list(range(bootstraps[0])):
         raise MalformedImage(
@@ -165,6 +212,10 @@ def plan(
     if layers[top].annotations.get(labels.NYDUS_FS_VERSION, "6") != "6":
         raise MalformedImage(f"image {reference}: only RAFS v6 is supported")
     return LazyImage(reference, source, manifest_digest, tuple(layers[:top]), layers[top], config, admission)
+
+
+def is_encrypted(layer: Descriptor) -> bool:
+    return layer.media_type.endswith(labels.ENCRYPTED_SUFFIX)
 
 
 def _is_blob(layer: Descriptor) -> bool:

@@ -5,6 +5,7 @@
 <root>/snapshots/<id>/mnt            where a lazy image's EROFS is mounted; never looked into from here
 <root>/snapshots/<id>/snapshot.json  see `sidecar`
 <root>/snapshots/new-…               being made
+<root>/snapshots/unpack-…            an encrypted layer is being unpacked into it
 <root>/snapshots/old-…               being destroyed
 <root>/snapshots/lost-…              nobody knows what it is; kept for people to look at
 
@@ -23,7 +24,7 @@ from typing import Literal, NamedTuple
 
 from snapshotter.snapshots.model import Usage
 
-Purpose = Literal["active", "view", "remote"]
+Purpose = Literal["active", "view", "remote", "unpack"]
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SLICE = 4096  # directory entries held at a time
 _NESTED = 64  # levels of directories that are walked down at once
@@ -66,7 +67,7 @@ class Directories:
 
     def make(self, purpose: Purpose, attributes: RootAttributes) -> Path:
         """A new directory under a temporary name."""
-        path = Path(tempfile.mkdtemp(prefix="new-", dir=self.base))
+        path = Path(tempfile.mkdtemp(prefix="unpack-" if purpose == "unpack" else "new-", dir=self.base))
         if purpose != "remote":
             files = path / "fs"
             files.mkdir()

@@ -7,9 +7,10 @@ at its first layer; later layers of the same pull find the verdict here, since a
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
@@ -17,14 +18,16 @@ import structlog
 from snapshotter import failpoints, labels
 from snapshotter.bootstrap.loader import LoadedImage, Loader
 from snapshotter.digest import Digest
-from snapshotter.errors import IntegrityError, PolicyDenied
+from snapshotter.errors import IntegrityError, KeyDenied, PolicyDenied, SnapshotterError
 from snapshotter.image.claim import LayerClaim
 from snapshotter.image.documents import DocumentCache
+from snapshotter.image.manifest import chain_ids
 from snapshotter.image.policy import ImagePolicy
-from snapshotter.image.resolver import LazyImage, OrdinaryImage, Resolver
+from snapshotter.image.resolver import EncryptedImage, EncryptedLayer, Image, LazyImage, OrdinaryImage, Resolver
 from snapshotter.monitor.trail import Trail
 from snapshotter.ondemand import attachment
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
+from snapshotter.snapshots.wholelayers import WholeLayers
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +81,9 @@ class Verdict:
         )
 
 
+AnyVerdict: TypeAlias = Verdict | EncryptedImage | OrdinaryImage
+
+
 class Images:
     """The `RemoteImages` of a real node."""
 
@@ -90,7 +96,9 @@ class Images:
         attachments: Attachments,
         mounter: Mounter,
         trail: Trail | None = None,
+        layers: WholeLayers | None = None,
     ) -> None:
+        """`layers`: for images whose layers are encrypted as a whole; None where no key is configured."""
         self._documents = documents
         self._resolver = resolver
         self._loader = loader
@@ -98,8 +106,9 @@ class Images:
         self._attachments = attachments
         self._mounter = mounter
         self._trail = trail or Trail()
+        self._layers = layers
         # By reference and manifest; without the latter for hints, whose reference names the content.
-        self._verdicts: OrderedDict[tuple[str, str | None], Verdict | OrdinaryImage] = OrderedDict()
+        self._verdicts: OrderedDict[tuple[str, str | None], AnyVerdict] = OrderedDict()
         self._loaded: OrderedDict[tuple[str, str], LoadedImage] = OrderedDict()
         # A lock lives as long as somebody waits for it, so remote names cannot fill this table.
         self._locks: WeakValueDictionary[object, asyncio.Lock] = WeakValueDictionary()
@@ -112,14 +121,45 @@ class Images:
 
     async def resolve(self, request: LayerRequest) -> LayerVerdict:
         """Raises what the order of trust raises; nothing of a refused image is kept."""
-        if not _lazy(request.labels) and not self._policy.restricts_ordinary:
+        free = not _lazy(request.labels) and not self._policy.restricts_ordinary
+        if free and (self._layers is None or labels.CRI_MANIFEST_DIGEST not in request.labels):
             return LayerVerdict("ordinary", None)
         claim = LayerClaim.of(request.labels, request.chain_id, request.parent_chain)
-        verdict = await self._verdict(claim, request.namespace)
+        try:
+            verdict = await self._verdict(claim, request.namespace)
+        except SnapshotterError as error:
+            if not free:
+                raise
+            # Only to see whether it is encrypted. If it is, containerd cannot unpack it and says so.
+            log.info("image not looked at", image=claim.image, error=str(error))
+            return LayerVerdict("ordinary", None)
         if isinstance(verdict, OrdinaryImage):
             return LayerVerdict("ordinary", None)
+        if isinstance(verdict, EncryptedImage):
+            return self._encrypted(claim, verdict)
         kind = self._place(claim, verdict.image, verdict.chain)
         return LayerVerdict(kind, verdict.record() if kind == "image" else None)
+
+    def _encrypted(self, claim: LayerClaim, image: EncryptedImage) -> LayerVerdict:
+        """The layer that containerd means, which is told by its place, since two layers may be equal."""
+        chain = chain_ids(image.diff_ids)
+        for number, (layer, own) in enumerate(zip(image.layers, chain, strict=True)):
+            parent = chain[number - 1] if number else ""
+            if (layer.digest, own, parent) == (claim.layer, claim.chain_id, claim.parent_chain):
+                wanted = image.layer(number)
+                if wanted is None:
+                    return LayerVerdict("ordinary")
+                if self._layers is None:
+                    raise KeyDenied(f"image {image.reference}: is encrypted, and no key is configured")
+                return LayerVerdict("encrypted", unpack=partial(self._unpack, self._layers, claim, wanted))
+        raise _chain_mismatch(claim, image)
+
+    async def _unpack(
+        self, layers: WholeLayers, claim: LayerClaim, layer: EncryptedLayer, target: Path, staging: Path,
+        lower: Sequence[Path], going: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        with self._trail.about(claim.manifest or claim.image, claim.image), self._trail.timed("unpack"):
+            await layers.unpack(layer, target, staging, lower, going)
 
     def _place(self, claim: LayerClaim, image: LazyImage, chain: Sequence[str]) -> Literal["ordinary", "data", "image"]:
         """Which of the image's layers this is. Its chain id must be the one computed from the layers themselves."""
@@ -138,7 +178,7 @@ class Images:
                 return "image" if index == len(digests) - 1 else "data"
         raise _chain_mismatch(claim, image)
 
-    async def _verdict(self, claim: LayerClaim, namespace: str) -> Verdict | OrdinaryImage:
+    async def _verdict(self, claim: LayerClaim, namespace: str) -> AnyVerdict:
         key = (claim.image, claim.manifest)
         async with self._lock(key):
             known = self._verdicts.get(key)
@@ -147,7 +187,7 @@ class Images:
                 return known
             with self._trail.about(claim.manifest or claim.image, claim.image, namespace):
                 image = await self._resolve(claim)
-                verdict: Verdict | OrdinaryImage
+                verdict: AnyVerdict
                 if isinstance(image, LazyImage):
                     loaded = await self._load(image)
                     await self._documents.keep(image.documents)
@@ -156,12 +196,12 @@ class Images:
                     _remember(self._loaded, (str(image.reference), image.manifest_digest), loaded, LOADED)
                 else:
                     verdict = image
-            self._trail.pulls.add("ordinary" if isinstance(image, OrdinaryImage) else _kind(loaded))
+            self._trail.pulls.add(_kind(verdict))
             log.info("image admitted", image=claim.image, manifest=image.manifest_digest, rule=image.admission.rule)
             _remember(self._verdicts, key, verdict, VERDICTS)
             return verdict
 
-    async def _resolve(self, claim: LayerClaim) -> LazyImage | OrdinaryImage:
+    async def _resolve(self, claim: LayerClaim) -> Image:
         with self._trail.timed("resolve", reference=claim.image):
             return await self._resolver.resolve(claim)
 
@@ -249,8 +289,12 @@ class Images:
         return self._locks.setdefault(key, asyncio.Lock())
 
 
-def _kind(loaded: LoadedImage) -> str:
-    return "sealed" if loaded.sealed else "plain"
+def _kind(image: LoadedImage | AnyVerdict) -> str:
+    if isinstance(image, OrdinaryImage):
+        return "ordinary"
+    if isinstance(image, EncryptedImage):
+        return "encrypted"
+    return "sealed" if image.sealed else "plain"
 
 
 def _note_failure(task: "asyncio.Task[None]") -> None:
@@ -262,7 +306,7 @@ def _lazy(snapshot_labels: Mapping[str, str]) -> bool:
     return labels.NYDUS_BLOB in snapshot_labels or labels.NYDUS_BOOTSTRAP in snapshot_labels
 
 
-def _chain_mismatch(claim: LayerClaim, image: LazyImage) -> IntegrityError:
+def _chain_mismatch(claim: LayerClaim, image: LazyImage | EncryptedImage) -> IntegrityError:
     return IntegrityError(
         f"image {image.reference}: claims chain id {claim.chain_id} for layer {claim.layer}, which is not its own",
         reason="chain-mismatch",

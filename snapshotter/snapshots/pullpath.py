@@ -16,8 +16,10 @@ from snapshotter.keys.audit import AuditedKeys, AuditLog
 from snapshotter.keys.provider import KeyProvider
 from snapshotter.monitor.trail import Trail
 from snapshotter.registry.client import RegistryClient
+from snapshotter.registry.transport import ImageSource
 from snapshotter.snapshots.images import Attachments, Images, Mounter
 from snapshotter.snapshots.watched import WatchedKeys, WatchedSource
+from snapshotter.snapshots.wholelayers import WholeLayers
 
 
 @contextlib.asynccontextmanager
@@ -38,10 +40,12 @@ async def open_images(
             documents = DocumentCache(source, cache / "documents", limits)
             loader = Loader(source, provider, cache, limits, must_be_sealed=policy.must_be_sealed)
             resolver = Resolver(documents, origin(settings, policy, documents), limits)
-            yield Images(documents, resolver, loader, policy, attachments, mounter, trail)
+            keys = configured.any_configured(settings.keys)
+            layers = WholeLayers(source, provider, limits) if keys else None
+            yield Images(documents, resolver, loader, policy, attachments, mounter, trail, layers)
 
 
-def origin(settings: Config, policy: ImagePolicy, documents: DocumentCache) -> Origin:
+def origin(settings: Config, policy: ImagePolicy, documents: ImageSource) -> Origin:
     """Who judges images: `policy`, and signatures where a trust policy is configured. Raises ConfigError."""
     wanted, limits = settings.policy, settings.limits
     if not wanted.file:

@@ -1,6 +1,6 @@
 """The seam between snapshots and images: what is asked about a layer, and what is remembered of a lazy image."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -31,11 +31,22 @@ class ImageRecord:
     root_gid: int = 0
 
 
-class LayerVerdict(NamedTuple):
-    """`ordinary`: containerd unpacks it. `data`: part of a lazy image, nothing to unpack. `image`: its bootstrap."""
+class Unpack(Protocol):
+    """Unpacks one layer of an admitted image."""
 
-    kind: Literal["ordinary", "data", "image"]
+    async def __call__(self, target: Path, staging: Path, lower: Sequence[Path], going: Callable[[], bool]) -> None:
+        """Fill `target`, an empty directory, on top of `lower` (topmost first). Raises SnapshotterError, OSError."""
+
+
+class LayerVerdict(NamedTuple):
+    """`ordinary`: containerd unpacks it. `data`: part of a lazy image, nothing to unpack. `image`: its bootstrap.
+
+    `encrypted`: containerd cannot unpack it, `unpack` can.
+    """
+
+    kind: Literal["ordinary", "data", "image", "encrypted"]
     record: ImageRecord | None = None  # of an `image`
+    unpack: Unpack | None = None  # of an `encrypted` layer
 
 
 class RemoteImages(Protocol):

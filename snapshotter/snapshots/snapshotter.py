@@ -35,8 +35,9 @@ from snapshotter.snapshots.filters import Filter
 from snapshotter.snapshots.idmap import IdMap
 from snapshotter.snapshots.measurements import Measurements
 from snapshotter.snapshots.model import Info, Kind, Labels, Mount, Usage
-from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages, Unpack
 from snapshotter.snapshots.store import Entry, Layer, Row, Store
+from snapshotter.snapshots.unpacking import Unpacking
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +58,7 @@ class Snapshotter:
         self._overlay_options = overlay.options()
         self._cleaner: asyncio.Task[None]
         self._cleaning = asyncio.Lock()
+        self._unpacking = Unpacking(self._directories)
         self._locks: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # one per image in transition
 
     # making snapshots
@@ -83,6 +85,9 @@ class Snapshotter:
             request = LayerRequest(namespace, labels, ref, self._chain_id(above))
             verdict = await self._images.resolve(request)
             failpoints.hit("prepare.resolved")
+            if verdict.unpack is not None:
+                await self._unpack(plugin, above, ref, labels, verdict.unpack)
+                raise AlreadyExists(f"layer {ref}: was encrypted and is unpacked")
             if verdict.kind != "ordinary":
                 self._provide(plugin, above, ref, labels, verdict)
                 raise AlreadyExists(f"layer {ref}: nothing to unpack, it is read on demand")
@@ -136,18 +141,33 @@ class Snapshotter:
         row = row._replace(name=f"{ref}@{row.id}", ref=ref)
         self._insert(Entry(plugin, row, _present(labels), verdict.record), "remote", RootAttributes())
 
+    async def _unpack(self, plugin: str, above: Row | None, ref: str, labels: Labels, unpack: Unpack) -> None:
+        """Have a committed snapshot for a layer that only we can unpack. containerd finds it by its ref and parent."""
+        if self._store.unpacked(plugin, ref, above and above.id):
+            return
+        lower, attributes = await self._lower(above and above.id)
+
+        async def done(path: Path, usage: Usage) -> None:
+            row = self._new("", above, Kind.COMMITTED)._replace(usage=usage)
+            row = row._replace(name=f"{ref}@{row.id}")
+            self._insert_directory(Entry(plugin, row, _present(labels), None), path, durable=True)
+
+        await self._unpacking.once((plugin, ref, above and above.id), unpack, lower, attributes, done)
+
     def _new(self, name: str, above: Row | None, kind: Kind) -> Row:
         now = max(time.time_ns(), above.created_ns if above else 0)  # clocks are set back, parents stay older
         parent_id, parent = (above.id, above.name) if above else (None, "")
         return Row(self._store.new_id(), name, parent_id, kind, now, now, Usage(0, 0), None, parent)
 
     def _insert(self, entry: Entry, purpose: directories.Purpose, attributes: RootAttributes) -> None:
-        path = self._directories.make(purpose, attributes)
+        self._insert_directory(entry, self._directories.make(purpose, attributes), durable=entry.row.ref is not None)
+
+    def _insert_directory(self, entry: Entry, path: Path, *, durable: bool) -> None:
         try:
             failpoints.hit("create.made")
             with self._store.transaction():
                 self._store.insert(entry)
-                sidecar.write(path, entry, durable=entry.row.ref is not None)
+                sidecar.write(path, entry, durable=durable)
                 failpoints.hit("create.inserted")
                 path = self._directories.place(path, entry.row.id)
                 failpoints.hit("create.placed")
@@ -257,6 +277,7 @@ class Snapshotter:
         """End what `start` began; the rest of the garbage waits for the next start."""
         self._cleaner.cancel()
         await asyncio.gather(self._cleaner, return_exceptions=True)
+        await self._unpacking.stop()
 
     async def cleanup(self) -> None:
         """Unmount and destroy every directory that belongs to no snapshot. One that resists stays for the next time."""
@@ -276,7 +297,11 @@ class Snapshotter:
         # never have one.
         known = self._store.all_ids()
         return [
-            name for name in names if name.startswith(("new-", "old-")) or (name.isdecimal() and int(name) not in known)
+            name
+            for name in names
+            if name.startswith(("new-", "old-"))
+            or (name.startswith("unpack-") and not self._unpacking.owns(name))
+            or (name.isdecimal() and int(name) not in known)
         ]
 
     async def _dispose(self, name: str) -> None:

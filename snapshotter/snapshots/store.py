@@ -29,6 +29,7 @@ import msgspec
 
 from snapshotter import failpoints
 from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from snapshotter.labels import SNAPSHOT_REF
 from snapshotter.snapshots.model import Info, Kind, Labels, Usage
 from snapshotter.snapshots.remote import ImageRecord
 
@@ -303,6 +304,16 @@ class Store:
     def image(self, number: int) -> ImageRecord | None:
         found = self._db.execute("SELECT record FROM image WHERE id = ?", (number,)).fetchone()
         return found and _decode(found[0])
+
+    def unpacked(self, plugin: str, ref: str, parent_id: int | None) -> bool:
+        """Whether layer `ref` was unpacked here, by us, on exactly this parent."""
+        query = (
+            "SELECT 1 FROM snapshot s JOIN label l ON l.snapshot_id = s.id WHERE s.plugin = ? AND l.key = ? "
+            "AND l.value = ? AND s.ref IS NULL AND s.kind = ? AND ifnull(s.parent_id, 0) = ? "
+            "AND s.name = ? || '@' || s.id"
+        )
+        found = self._db.execute(query, (plugin, SNAPSHOT_REF, ref, Kind.COMMITTED, parent_id or 0, ref))
+        return found.fetchone() is not None
 
     def images(self) -> dict[int, ImageRecord]:
         return {number: _decode(record) for number, record in self._db.execute("SELECT id, record FROM image")}

@@ -5,6 +5,7 @@ kernel itself makes the whiteouts and the copies.
 """
 
 import copy
+import gzip
 import io
 import os
 import shutil
@@ -18,6 +19,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from snapshotter.build.unpack import LayerUnpacker
+from snapshotter.config import Limits
+from snapshotter.digest import Digest
+from snapshotter.errors import BadLayer
 from tests.unit.build import images
 
 MTIME = 1_600_000_000
@@ -287,3 +292,41 @@ def compare(made: list[Made], work: Path) -> None:
                 for other, child in seen.items()
             )
             assert (actual / name).lstat().st_nlink == links, f"{name}: links"
+
+
+@pytest.mark.root
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=_PHASES)
+@given(st.lists(layers, min_size=1, max_size=4))
+def test_layers_unpack_to_what_an_overlay_mount_shows(stack: list[tuple[list[Op], list[Op]]]) -> None:
+    model = Model()
+    made = [make_layer(model, removing, adding) for removing, adding in stack]
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        compare_unpacked(made, Path(directory))
+
+
+def compare_unpacked(made: list[Made], work: Path) -> None:
+    (work / "empty").mkdir()
+    expected: list[Path] = []
+    unpacked: list[Path] = []
+    for number, layer in enumerate(made):
+        target, staging = work / f"unpacked-{number}", work / f"staging-{number}"
+        target.mkdir()
+        staging.mkdir()
+        unpacker = LayerUnpacker(target, staging, unpacked, Limits())
+        try:
+            unpacker.unpack(iter([gzip.compress(layer.tar)]), Digest.of(layer.tar))
+        except BadLayer as error:
+            if "which is not there" in str(error):  # a hard link to a file of a lower layer
+                break
+            raise
+        unpacked.insert(0, target)
+        expected.insert(0, unpack(layer, number, work, expected))
+    with (
+        images.overlay([*expected, work / "empty"], work / "merged") as there,
+        images.overlay([*unpacked, work / "empty"], work / "merged-unpacked") as here,
+    ):
+        seen, wanted = images.tree(here), images.tree(there)
+    assert seen.keys() == wanted.keys()
+    for name, item in wanted.items():  # directories that no archive describes have no time of their own
+        undated = name == "." or (item.mode.startswith("d") and not seen[name].mtime_ns)
+        assert seen[name] == (item._replace(mtime_ns=seen[name].mtime_ns) if undated else item), name

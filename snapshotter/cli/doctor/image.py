@@ -20,7 +20,7 @@ from snapshotter.image.claim import LayerClaim
 from snapshotter.image.documents import DocumentCache
 from snapshotter.image.manifest import ResolvedImage
 from snapshotter.image.policy import ImagePolicy
-from snapshotter.image.resolver import LazyImage, OrdinaryImage, Resolver
+from snapshotter.image.resolver import EncryptedImage, Image, LazyImage, Resolver
 from snapshotter.keys import configured
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.reference import Reference
@@ -31,7 +31,7 @@ class _Look(NamedTuple):
     client: RegistryClient
     reference: Reference
     resolved: ResolvedImage
-    image: LazyImage | OrdinaryImage
+    image: Image
 
 
 @contextlib.asynccontextmanager
@@ -76,6 +76,10 @@ async def kind(node: Node) -> Result:
     async with _resolved(node) as look:
         if isinstance(look.image, LazyImage):
             return ok("sealed" if look.image.encrypted else "plain, read on demand")
+        if isinstance(look.image, EncryptedImage):
+            return warn(
+                "encrypted as a whole: a pull downloads and unpacks all of it", "coco-snapshotter convert its source"
+            )
         if node.config.mode == "confidential":
             return fail(
                 "an ordinary image, which mode confidential refuses", "coco-snapshotter convert … --recipient …"

@@ -49,7 +49,7 @@ def test_a_healthy_confidential_node(node: NodeMaker, images: Images) -> None:
 
 
 def test_an_image_that_this_node_may_not_or_cannot_open(node: NodeMaker, images: Images) -> None:
-    guest = node(mode="confidential", key=images.other_key, registry={"retries": 0})
+    guest = node(mode="confidential", key=images.other_key)
     image = images.sealed()
     found = doctor(guest, image.by_tag)
     assert {"image-policy", "image-key"} <= bad(found)
@@ -60,7 +60,6 @@ def test_an_image_that_this_node_may_not_or_cannot_open(node: NodeMaker, images:
     found = doctor(guest, f"{images.registry.address}/t/none:1")
     assert found["image-manifest"]["status"] == "fail"
     assert found["image-key"]["status"] == "skip"
-    assert doctor(guest, "127.0.0.1:9/t/none:1")["image-manifest"]["advice"].startswith("the registry, DNS")
 
 
 @pytest.mark.allow_warnings

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter.cli.containerd import Containerd
+from snapshotter.cli.containerd import Containerd as Client
 from snapshotter.digest import Digest
 from tests.e2e.conftest import Image, Images, Node, NodeMaker
 from tests.e2e.test_images import READ_ALL, expected
-from tests.harness.containerd import NAMESPACE
+from tests.harness.containerd import NAMESPACE, Containerd
 from tests.harness.machine import until
 from tests.harness.serve import program
 
@@ -46,8 +46,8 @@ def expected_blobs(image: Image) -> dict[str, bytes]:
     return found
 
 
-def labels(node: Node, digest: str) -> dict[str, str]:
-    row = next(row for row in node.containerd.ctr("content", "ls").splitlines() if row.startswith(digest))
+def labels(containerd: Containerd, digest: str) -> dict[str, str]:
+    row = next(row for row in containerd.ctr("content", "ls").splitlines() if row.startswith(digest))
     pairs = [pair.partition("=") for pair in row.split()[-1].split(",") if "=" in pair]
     return {name: value for name, _, value in pairs}
 
@@ -74,6 +74,9 @@ def test_a_sealed_image_is_exported_and_pushed_byte_for_byte(node: NodeMaker, im
     assert not image.registry.since(mark).by("coco-snapshotter").of(set(image.layers))
     assert guest.shell(reference, READ_ALL) == expected(), "containers still read it lazily"
 
+    missing = materialize(guest, "registry.example/none:1")
+    assert missing.returncode == 3
+    assert "containerd has no image of this name" in missing.stderr
     guest.containerd.collect_garbage()
     again = materialize(guest, reference)
     assert json.loads(again.stdout) == {"fetched": 0, "bytes": 0, "present": len(sizes) + 1}, "kept from collection"
@@ -82,13 +85,13 @@ def test_a_sealed_image_is_exported_and_pushed_byte_for_byte(node: NodeMaker, im
 
 
 def test_labels_are_those_of_an_ordinary_pull(node: NodeMaker, images: Images) -> None:
-    """Compared with what containerd itself writes when it downloads the same image, in a node of its own."""
-    image = images.plain()
-    lazy, eager = node(), node(name="eager")
-    assert materialize(lazy, lazy.pull(image)).returncode == 0
-    eager.containerd.ctr("content", "fetch", "--plain-http", image.by_digest)
+    """Compared with what containerd itself writes when it fetches the same image, in a namespace of its own."""
+    guest, image = node(), images.plain()
+    assert materialize(guest, guest.pull(image)).returncode == 0
+    eager = guest.containerd.within("eager", "coco")
+    eager.ctr("content", "fetch", "--plain-http", image.by_digest)
     for digest in (image.digest, image.manifest["config"]["digest"], *image.layers):
-        ours, theirs = labels(lazy, digest), labels(eager, digest)
+        ours, theirs = labels(guest.containerd, digest), labels(eager, digest)
         assert theirs.items() <= ours.items(), digest
         added = {name for name in ours.keys() - theirs.keys() if not name.startswith("containerd.io/gc.ref.snapshot.")}
         assert not added, digest
@@ -101,7 +104,7 @@ async def interrupted(node: Node, image: Image, digest: str, content: bytes, par
         yield part
         raise ConnectionAbortedError
 
-    async with Containerd(node.containerd.layout.socket, NAMESPACE) as client:
+    async with Client(node.containerd.layout.socket, NAMESPACE) as client:
         with pytest.raises(ConnectionAbortedError):
             await client.write(Digest.parse(digest), len(content), {}, rest, lambda _: None)
 
@@ -126,13 +129,3 @@ async def test_it_goes_on_where_it_was_interrupted_and_keeps_no_bad_bytes(node: 
     assert image.registry.since(mark).by("coco-snapshotter").of({digest}).size == len(content) - half
     assert export(guest, reference).returncode == 0
     assert blobs(guest.work.path / "image.tar")[digest] == content
-
-
-def test_what_cannot_be_done_is_said(node: NodeMaker, images: Images) -> None:
-    guest = node()
-    missing = materialize(guest, "registry.example/none:1")
-    assert missing.returncode == 3
-    assert "containerd has no image of this name" in missing.stderr
-    lost = program(guest.work, "materialize", "x/y:1", "--containerd", guest.work.path / "none.sock")
-    assert lost.returncode == 10
-    assert "is containerd at" in lost.stderr

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from snapshotter.cli.doctor import client, command
+from snapshotter.cli.doctor import client, command, image
 from snapshotter.cli.doctor.check import Node
 from snapshotter.cli.doctor.machine import ThisMachine
 from snapshotter.cli.main import main
-from snapshotter.config import Config
+from snapshotter.config import Config, Registry
 from tests.clients import CLIENTS
 
 CHECKOUT = Path(__file__).parents[3]
@@ -62,6 +62,15 @@ def test_a_sound_configuration_exits_with_0(tmp_path: Path, capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     failed = [check for check in found["checks"] if check["status"] == "fail"]
     assert (code, failed) == (0, [])
+
+
+def test_a_registry_that_cannot_be_reached() -> None:
+    settings = Config(registry=Registry(retries=0))
+    node = Node(ThisMachine(), settings, image="docker://127.0.0.1:9/team/app:1")
+    found = {check.id: command.result(node, check) for check in image.CHECKS}
+    assert found["image-manifest"].status == "fail"
+    assert found["image-manifest"].advice.startswith("the registry, DNS")
+    assert {result.status for name, result in found.items() if name != "image-manifest"} == {"skip"}
 
 
 @pytest.mark.root

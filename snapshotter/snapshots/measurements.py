@@ -1,8 +1,9 @@
 """What active snapshots take on disk, measured off the event loop, few at a time, and remembered if that takes long.
 
 containerd's CRI asks for every snapshot every ten seconds, and each answer is a walk through all that a container has
-written. Where all walks together take less than half a second, each answer is new. Where they take longer, an answer is
-given again for twenty times as long as exceeds that, for a minute at most: about a tenth of one CPU is spent on it.
+written. A few files are counted at once. Where all longer walks together take less than half a second, each answer is
+new. Where they take more, an answer is given again for twenty times as long as exceeds that, for a minute at most: so
+about a tenth of one CPU is spent on it.
 """
 
 import asyncio
@@ -25,10 +26,10 @@ class _Answer(NamedTuple):
 
 
 class Measurements:
-    """`measure` walks the files of a snapshot; it is called in threads."""
+    """`measure` walks the files of a snapshot, in a thread; `glance` does if they are few, and is None otherwise."""
 
-    def __init__(self, measure: Callable[[int], Usage]) -> None:
-        self._measure = measure
+    def __init__(self, measure: Callable[[int], Usage], glance: Callable[[int], Usage | None]) -> None:
+        self._measure, self._glance = measure, glance
         self._answers: dict[int, _Answer] = {}
         self._walks: dict[int, asyncio.Task[Usage]] = {}
         self._free = asyncio.Semaphore(_AT_ONCE)
@@ -39,11 +40,18 @@ class Measurements:
         known = self._answers.get(number)
         if known is not None and time.monotonic() - known.at < min(_SHARE * (self._took - _CHEAP), _LONGEST):
             return known.usage
+        if (few := self._glance(number)) is not None:
+            return few
         walk = self._walks.get(number)
         if walk is None:
             walk = self._walks[number] = asyncio.create_task(self._walk(number))
             walk.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # whoever asked may be gone
         return await asyncio.shield(walk)
+
+    async def anew(self, number: int) -> Usage:
+        """As it is now, whatever was found before."""
+        few = self._glance(number)
+        return await asyncio.to_thread(self._measure, number) if few is None else few
 
     def forget(self, number: int) -> None:
         """It is not active any more."""

@@ -7,6 +7,7 @@ an image, mounting it, measuring a directory) comes before that step and changes
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,10 @@ class Snapshotter:
         self._directories = Directories(root)
         self._images = images
         self._limits = limits
-        self._measurements = Measurements(self._measure)
+        self._measurements = Measurements(
+            lambda number: directories.measure(self._files(number)),
+            lambda number: directories.glance(self._files(number)),
+        )
         self._overlay_options = overlay.options()
         self._cleaner: asyncio.Task[None]
         self._cleaning = asyncio.Lock()
@@ -105,8 +109,7 @@ class Snapshotter:
         row = self._store.get(plugin, key)
         if row.kind is Kind.COMMITTED:
             raise FailedPrecondition("a committed snapshot has no mounts")
-        if not self._directories.files(row.id).is_dir():
-            raise _lost(row.id)
+        self._files(row.id)
         lower, attributes = await self._lower(row.parent_id)
         above = self._store.find(plugin, row.parent)
         mapping = self._mapping(IdMap.of(self._store.labels(row.id)), above, attributes)
@@ -190,7 +193,7 @@ class Snapshotter:
             raise PolicyDenied(
                 f"snapshot {key[:200]!r}: what was unpacked here was never verified and is not committed"
             )
-        usage = await asyncio.to_thread(self._measure, active.id)
+        usage = await self._measurements.anew(active.id)
         failpoints.hit("commit.measured")
         with self._store.transaction():
             entry = self._store.commit(plugin, active, name, parent, labels, usage)
@@ -351,9 +354,7 @@ class Snapshotter:
                 raise FailedPrecondition(
                     f"layer {layer.ref} is read on demand, and the layer above is not", hint=SEND_LABELS
                 )
-            paths.append(self._directories.files(layer.id))
-            if not paths[-1].is_dir():
-                raise _lost(layer.id)
+            paths.append(self._files(layer.id))
         if chain:
             record = chain[0].image
             attributes = (
@@ -382,11 +383,12 @@ class Snapshotter:
     def _lock(self, number: int) -> asyncio.Lock:
         return self._locks.setdefault(number, asyncio.Lock())
 
-    def _measure(self, number: int) -> Usage:
-        try:
-            return directories.measure(self._directories.files(number))
-        except FileNotFoundError:
-            raise _lost(number) from None
+    def _files(self, number: int) -> Path:
+        """Of an ordinary snapshot. Raises IntegrityError if it has lost them."""
+        path = self._directories.files(number)
+        if not os.path.isdir(path):
+            raise _lost(number)
+        return path
 
     def _chain_id(self, parent: Row | None) -> str | None:
         if parent is None:

@@ -20,7 +20,7 @@ class Disk:
         self.walks: list[int] = []
         self.at_once = self.most = 0
         self._lock = threading.Lock()
-        self.measurements = Measurements(self.measure)
+        self.measurements = Measurements(self.measure, lambda _: None)
 
     def measure(self, number: int) -> Usage:
         with self._lock:
@@ -39,6 +39,14 @@ class Disk:
 async def test_cheap_answers_are_always_new() -> None:
     disk = Disk()
     assert [await disk.sizes(1, 2) for _ in range(3)] == [[1, 1], [2, 2], [3, 3]]
+
+
+async def test_few_files_are_counted_at_once() -> None:
+    disk = Disk()
+    few = Measurements(disk.measure, lambda number: Usage(0, 1) if number == 1 else None)
+    assert [await few.usage(1), await few.anew(1)] == [Usage(0, 1)] * 2
+    assert disk.walks == []
+    assert [(await few.usage(2)).size, (await few.anew(2)).size] == [1, 2]
 
 
 async def test_answers_that_take_long_are_given_again_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +96,7 @@ async def test_a_failure_is_told_and_not_remembered() -> None:
         assert isinstance(answer, Usage)
         return answer
 
-    disk = Measurements(measure)
+    disk = Measurements(measure, lambda _: None)
     with pytest.raises(NotFound, match="gone"):
         await disk.usage(1)
     assert await disk.usage(1) == Usage(5, 1)

@@ -20,7 +20,7 @@ import grpc.aio
 import structlog
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from snapshotter import labels
+from snapshotter import labels, oom
 from snapshotter.config import Limits
 from snapshotter.crypto import encoding
 from snapshotter.crypto.layer import LayerPrivate
@@ -67,6 +67,7 @@ class Command:
             )
         except OSError as error:
             raise Unavailable(f"{self.path}: {error.strerror}") from error
+        oom.expose(process.pid)
         try:
             async with asyncio.timeout(_TIMEOUT_SECONDS):
                 reply = await _exchange(process, request)

@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 import structlog
 
-from snapshotter import __version__, config, control, failpoints
+from snapshotter import __version__, config, control, failpoints, oom
 from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters, ImageCounters
 from snapshotter.blobs.fetcher import Fetcher
@@ -47,7 +47,6 @@ _RELIEVE_SECONDS = 5.0  # what others can write before the cache gives way; they
 _DETACH_SECONDS = 5.0  # the kernel closes an image's files a moment after its last unmount
 _PR_SET_DUMPABLE = 4
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
-_OOM_SCORE = -900
 _SWITCH_SECONDS = 0.0005  # a thread with a reply must not wait 5 ms for another one's bytecode
 
 
@@ -319,8 +318,7 @@ def harden() -> None:
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
         log.info("memory cannot be locked", error=os.strerror(ctypes.get_errno()))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+    oom.protect()
 
 
 def main(arguments: list[str]) -> int:

@@ -5,7 +5,6 @@
 Needs root. Run once when a version is released; the archive is never made again.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -14,11 +13,9 @@ import sys
 import tarfile
 from pathlib import Path
 
-import grpc
-
-from snapshotter import labels
 from tests.conformance.client import Client
 from tests.conformance.layers import mounted
+from tests.conformance.pull import pull
 from tests.golden.state import DATA, HELLO, PLUGIN, known
 from tests.harness import oci, serve
 from tests.harness.machine import Work
@@ -85,34 +82,12 @@ def ordinary(client: Client, work: Work) -> None:
 
 
 def lazy(client: Client, registry: Registry, reference: str, work: Work) -> None:
-    """Every layer of the image as containerd's CRI prepares it, and a container on top that has read everything."""
-    digest = reference.rpartition("@")[2]
-    manifest = json.loads(registry.get_manifest(REPOSITORY, digest)[0])
-    config = json.loads(registry.get_blob(REPOSITORY, manifest["config"]["digest"]))
-    parent = chain = ""
-    for number, (layer, diff_id) in enumerate(zip(manifest["layers"], config["rootfs"]["diff_ids"], strict=True)):
-        chain = hashlib.sha256(f"{chain} {diff_id}".encode()).hexdigest() if chain else diff_id.partition(":")[2]
-        chain = f"sha256:{chain}"
-        given = {key: text for key, text in layer["annotations"].items() if key.startswith("containerd.io/snapshot/")}
-        given |= {
-            labels.SNAPSHOT_REF: chain,
-            labels.CRI_IMAGE_REF: reference,
-            labels.CRI_MANIFEST_DIGEST: digest,
-            labels.CRI_LAYER_DIGEST: layer["digest"],
-            labels.CRI_IMAGE_LAYERS: ",".join(later["digest"] for later in manifest["layers"][number:]),
-            "containerd.io/gc.root": "2026-01-01T00:00:00Z",
-        }
-        try:
-            client.prepare(f"extract-{number}", parent, given)
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
-                raise
-        [found] = [info for info in client.walk() if info.labels.get(labels.SNAPSHOT_REF) == chain]
-        parent = found.name
-    with mounted(client.prepare("lazy-container", parent), work.path) as top:
-        if (top / "etc/hello").read_bytes() != HELLO or (top / "data").read_bytes() != DATA:
+    """The image, and a container on top that has read everything."""
+    top = pull(client, registry, reference)
+    with mounted(client.prepare("lazy-container", top), work.path) as root:
+        if (root / "etc/hello").read_bytes() != HELLO or (root / "data").read_bytes() != DATA:
             raise RuntimeError("the image does not read back")
-        (top / "etc/hello").write_bytes(b"changed\n")
+        (root / "etc/hello").write_bytes(b"changed\n")
 
 
 if __name__ == "__main__":

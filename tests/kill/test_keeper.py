@@ -27,10 +27,10 @@ REPOSITORY = "t/image"
 class Node:
     """A running `serve` with one image attached and mounted as snapshotd would do it."""
 
-    def __init__(self, work: Work, registry: BlobServer) -> None:
+    def __init__(self, work: Work, registry: BlobServer, image: SyntheticImage | None = None) -> None:
         self.registry = registry
         self.serve = Serve(work, settings={"cache": {"quota": 0}})  # every read that the kernel has not cached misses
-        self.image = build({"first": content(1, 3 << 20), "directory/second": content(2, 300_000)})
+        self.image = image or build({"first": content(1, 3 << 20), "directory/second": content(2, 300_000)})
         registry.blobs |= self.image.blobs
         self.target = work.directory("mnt")
         self.attach(IMAGE, self.image)

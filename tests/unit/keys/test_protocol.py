@@ -1,5 +1,6 @@
 """Key providers: the ocicrypt protocol over a program and over gRPC."""
 
+import asyncio
 import base64
 import json
 import sys
@@ -278,3 +279,14 @@ async def test_the_configuration_names_files_and_providers(tmp_path: Path, pairs
 def test_private_options_of_a_provider_are_parsed_as_strictly_as_any() -> None:
     with pytest.raises(MalformedImage):
         LayerPrivate.parse(SecretBytes(b'{"symkey":"","cipheroptions":{}}'))
+
+
+def test_a_program_does_not_inherit_our_place_before_the_memory_killer() -> None:
+    own = Path("/proc/self/oom_score_adj")
+    before = own.read_text()
+    own.write_text("300")  # lower ones are not for everybody to set
+    try:
+        command = protocol.Command("/bin/sh", ("-c", "read request; cat /proc/self/oom_score_adj"))
+        assert asyncio.run(command.call(b"{}\n")) == b"0\n"
+    finally:
+        own.write_text(before)

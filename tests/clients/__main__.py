@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.clients import CLIENTS, Client
@@ -17,9 +18,17 @@ GO = (1, 26, 6)  # the least that all modules are satisfied with
 
 
 def main() -> int:
-    missing = [client for client in CLIENTS.values() if not client.built]
+    failed = ensure(CLIENTS.values())
+    if failed:
+        print(f"not built: {', '.join(failed)}; tests that use them are skipped", file=sys.stderr)
+    return 0
+
+
+def ensure(clients: Iterable[Client]) -> list[str]:
+    """Build those that are missing. Names of those that could not be built."""
+    missing = [client for client in clients if not client.built]
     if not missing:
-        return 0
+        return []
     store = cache_directory() / "clients"
     store.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -39,9 +48,7 @@ def main() -> int:
                 print(error, file=sys.stderr)
             else:
                 print(f"   {time.monotonic() - begin:.0f} s", flush=True)
-    if failed:
-        print(f"not built: {', '.join(failed)}; tests that use them are skipped", file=sys.stderr)
-    return 0
+    return failed
 
 
 def build(client: Client, store: Path) -> None:

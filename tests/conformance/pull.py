@@ -30,7 +30,7 @@ def pull(client: Client, registry: Registry, reference: str) -> str:
         try:
             client.prepare(f"extract-{number}", parent, given)
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:  # type: ignore[attr-defined]
+            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise
         [found] = [each for each in client.walk() if each.labels.get(labels.SNAPSHOT_REF) == chain]
         parent = found.name

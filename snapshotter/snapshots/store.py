@@ -116,6 +116,11 @@ WITH RECURSIVE above (image, id) AS (
 )
 SELECT image, name FROM above JOIN snapshot USING (id) WHERE kind <> 3 ORDER BY id
 """
+_INFO_COLUMNS = (
+    "s.id, s.name, ifnull(p.name, ''), s.kind, s.created_ns, s.updated_ns "
+    "FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id"
+)
+_KINDS = {int(kind): kind for kind in Kind}
 _CHAIN = """
 WITH RECURSIVE chain (depth, id) AS (
     VALUES (0, ?)
@@ -245,14 +250,14 @@ class Store:
     def infos(self, numbers: Sequence[int]) -> list[Info]:
         """Those of `numbers` (at most a few hundred) that still exist, in that order."""
         marks = ",".join("?" * len(numbers))
-        rows = {
-            row.id: row for row in map(_row, self._db.execute(f"SELECT {_COLUMNS} WHERE s.id IN ({marks})", numbers))
-        }
-        labels: dict[int, dict[str, str]] = {number: {} for number in rows}
-        found = self._db.execute(f"SELECT snapshot_id, key, value FROM label WHERE snapshot_id IN ({marks})", numbers)  # noqa: S608
-        for number, key, value in found:
-            labels[number][key] = value
-        return [_info(rows[number], labels[number]) for number in numbers if number in rows]
+        found = {}
+        for number, *columns in self._db.execute(f"SELECT {_INFO_COLUMNS} WHERE s.id IN ({marks})", numbers):
+            name, parent, kind, created, updated = columns
+            found[number] = Info(name, parent, _KINDS[kind], created, updated, {})
+        labels = self._db.execute(f"SELECT snapshot_id, key, value FROM label WHERE snapshot_id IN ({marks})", numbers)  # noqa: S608
+        for number, key, value in labels:
+            found[number].labels[key] = value
+        return [found[number] for number in numbers if number in found]
 
     def plugins(self) -> list[str]:
         """Names under which somebody has snapshots here."""

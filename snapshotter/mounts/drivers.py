@@ -15,7 +15,7 @@ from snapshotter import failpoints
 from snapshotter.config import Erofs
 from snapshotter.errors import FailedPrecondition, SnapshotterError, Unavailable
 from snapshotter.mounts.capabilities import attempts, kernel_version
-from snapshotter.mounts.mountinfo import Mount, read_mounts
+from snapshotter.mounts.mountinfo import Mount, is_mounted, read_mounts
 
 log = structlog.get_logger(__name__)
 
@@ -82,8 +82,7 @@ class ErofsMounter:
 
     def is_mounted(self, target: Path) -> bool:
         """Whether something is mounted on `target`, by mountinfo; symlinks above `target` are followed."""
-        point = _point(target)
-        return any(mount.point == point for mount in read_mounts())
+        return is_mounted(_point(target))
 
     async def _child(self, request: dict[str, Any], descriptors: tuple[int, ...]) -> dict[str, Any]:
         """Run one request. A child that does not end is told to, not waited for: its system call may be stuck."""

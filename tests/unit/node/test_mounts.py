@@ -14,7 +14,7 @@ from snapshotter.config import Erofs, Size
 from snapshotter.errors import FailedPrecondition, SnapshotterError, Unavailable
 from snapshotter.mounts import drivers
 from snapshotter.mounts.drivers import ErofsMounter
-from snapshotter.mounts.mountinfo import mount_of, read_mounts
+from snapshotter.mounts.mountinfo import is_mounted, mount_of, read_mounts
 from tests.harness.machine import Work, alive, loops, until
 
 pytestmark = pytest.mark.root
@@ -154,7 +154,7 @@ async def test_stacked_mounts_are_all_removed(session: int, target: Path, monkey
     """An orphaned child of a killed daemon and its successor may both have mounted."""
     mounter = ErofsMounter(session, Erofs())
     await mounter.mount(IMAGE, DEVICES, target)
-    monkeypatch.setattr(drivers, "read_mounts", list)
+    monkeypatch.setattr(drivers, "is_mounted", lambda _: False)
     await mounter.mount(IMAGE, DEVICES, target)
     monkeypatch.undo()
     await mounter.unmount(target)
@@ -236,3 +236,15 @@ async def test_child_that_dies_is_an_error(
     monkeypatch.setattr(drivers, "_ONESHOT", dying)
     with pytest.raises(SnapshotterError, match="status -9"):
         await ErofsMounter(session, Erofs()).mount(IMAGE, DEVICES, target)
+
+
+def test_whether_something_is_mounted_is_known_without_reading_all_mounts(work: Work) -> None:
+    plain, odd = work.directory("plain"), work.directory("with a space")
+    subprocess.run(["mount", "-t", "tmpfs", "none", odd], check=True)
+    try:
+        assert is_mounted(str(odd))
+        assert not is_mounted(str(plain))
+        assert not is_mounted(str(odd.parent))
+        assert all(is_mounted(mount.point) for mount in read_mounts() if mount.point == "/" or mount.point == str(odd))
+    finally:
+        subprocess.run(["umount", odd], check=True)

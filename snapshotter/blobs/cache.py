@@ -143,11 +143,12 @@ class ChunkCache:
             held = self.stats()["bytes"]
             excess = max(int(reserve * _RELIEF) - free, int(held * _FULL_SHARE) if self._full else 0)
             size, entries = self.shrink(max(0, held - excess), None)
-            if entries:
-                log.info("cache gave way to the disk", bytes=size, entries=entries)
+            log.debug("cache gives way to its disk", bytes=size, entries=entries)
             self._full = False
             free, reserve = self._space()
             self._short = free < reserve
+            if self._short:
+                self._say("the disk is short of space")
 
     def drop(self, name: bytes) -> None:
         """Forget an entry that turned out to be bad."""
@@ -191,8 +192,7 @@ class ChunkCache:
     def _has_room(self, needed: int) -> bool:
         free, reserve = self._space()
         if reserve and free - needed < reserve:
-            self._short = True
-            self._say("the disk is short of space")
+            self._short = True  # as ordinary as a full quota, unless it lasts
         return not self._short
 
     def _say(self, trouble: str) -> None:

@@ -84,18 +84,19 @@ def test_the_cache_grows_no_further_than_the_reserve(
     assert 4 * MiB <= tmpfs.free < 5 * MiB
     assert 150 < len(kept) < 200
     assert not tmpfs.cache.keeps
-    assert said(caplog) == [SAYS]
     tmpfs.cache.relieve()
     assert 5 * MiB <= tmpfs.free < 6 * MiB
     tmpfs.cache.relieve()
     assert tmpfs.cache.keeps
     assert tmpfs.put(range(500, 502)) == [500, 501]
-    assert said(caplog) == [SAYS, "chunks are cached again"]
+    assert said(caplog) == [], "this is how it always is on a small disk"
     assert 0 < tmpfs.counters.snapshot()["evictions"] < 30
 
 
 @pytest.mark.allow_warnings
-def test_the_cache_gives_way_to_what_others_write_and_comes_back(disk: MakeDisk) -> None:
+def test_the_cache_gives_way_to_what_others_write_and_comes_back(
+    disk: MakeDisk, caplog: pytest.LogCaptureFixture
+) -> None:
     tmpfs = disk("4MiB")
     kept = tmpfs.put(range(100))
     tmpfs.fill(leaving=3 * MiB)
@@ -106,11 +107,16 @@ def test_the_cache_gives_way_to_what_others_write_and_comes_back(disk: MakeDisk)
     tmpfs.fill(leaving=0)
     tmpfs.cache.relieve()
     assert tmpfs.cache.stats() == {"bytes": 0, "entries": 0}
+    assert said(caplog) == []
     tmpfs.fill(leaving=0)
-    assert tmpfs.put(range(10)) == []
+    for _ in range(3):
+        tmpfs.cache.relieve()
+        assert tmpfs.put(range(10)) == []
+    assert said(caplog) == [SAYS]
     (tmpfs.path / "filler").unlink()
     tmpfs.cache.relieve()
     assert tmpfs.put(range(10)) == list(range(10))
+    assert said(caplog) == [SAYS, "chunks are cached again"]
 
 
 def _full(disk: Disk) -> Callable[[], object]:

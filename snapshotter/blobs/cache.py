@@ -118,21 +118,22 @@ class ChunkCache:
         """Keep a chunk, evicting others if need be. False if that is impossible, which is never an error."""
         if not self.keeps or len(data) > self._quota or not self._has_room(len(data)):
             return False
-        if self._bytes + len(data) > self._quota:
-            self._evict(len(data))
+        self._claim(len(data))
+        size = entries = 0
         try:
             try:
-                grown = self._write(name, data)
+                size, entries = self._write(name, data)
             except FileNotFoundError:  # somebody removed the directory
                 self._bucket(name[0], make=True, anew=True)
-                grown = self._write(name, data)
+                size, entries = self._write(name, data)
         except OSError as error:
             self._counters.add("cache_errors")
             self._full = self._full or error.errno in (errno.ENOSPC, errno.EDQUOT)
             self._paused_until = time.monotonic() + _PAUSE_SECONDS
             self._say(error.strerror or str(error))
             return False
-        self._add(*grown)
+        finally:
+            self._add(size - len(data), entries)
         self._say("")
         return True
 
@@ -288,11 +289,16 @@ class ChunkCache:
             except OSError:
                 continue
 
-    def _evict(self, needed: int) -> None:
-        """Remove the entries longest unused until `needed` more bytes fit below the low watermark."""
-        with self._evicting:
-            if self._bytes + needed > self._quota:  # else another thread has done it
-                self._shrink_to(int(self._quota * _LOW_WATERMARK) - needed)
+    def _claim(self, size: int) -> None:
+        """Count `size` bytes before they are written, so that other threads leave room for them; evict if need be."""
+        with self._sums:
+            fits = self._bytes + size <= self._quota
+            self._bytes += size if fits else 0
+        if not fits:
+            with self._evicting:
+                if self._bytes + size > self._quota:  # else another thread has done it
+                    self._shrink_to(int(self._quota * _LOW_WATERMARK) - size)
+                self._add(size, 0)
 
     def _shrink_to(self, target: int) -> tuple[int, int]:
         """Remove the entries longest unused until `target` bytes are left. Returns bytes and entries removed."""

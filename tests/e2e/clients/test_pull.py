@@ -15,6 +15,7 @@ from tests.e2e.clients.paths import (
 )
 from tests.e2e.conftest import Image, Images
 from tests.e2e.test_images import ABOVE, READ_ABOVE, READ_ALL, expected
+from tests.harness.containerd import NAMESPACE
 
 pytestmark = [pytest.mark.root, pytest.mark.real]
 
@@ -129,6 +130,20 @@ def test_an_ordinary_image_in_two_namespaces(puller: Puller, images: Images) -> 
 @pytest.mark.parametrize("path", [CRI[-1], CRI_TRANSFER, CTR_TRANSFER, *NERDCTL_NYDUS, *NERDCTL_COCO], ids=str)
 def test_a_lazy_image_in_two_namespaces(puller: Puller, images: Images, kind: str) -> None:
     in_two_namespaces(puller, getattr(images, kind)())
+
+
+@pytest.mark.parametrize("path", BARE, ids=str)
+def test_an_ordinary_image_unpacked_with_labels_and_without(puller: Puller, images: Images) -> None:
+    image = images.ordinary()
+    [cri] = [path for path in CRI if path.release is puller.path.release]
+    other = Puller(cri, puller.station, NAMESPACE)
+    reference = puller.pull(image)
+    other.pull(image)
+    puller.remove_images()
+    assert other.shell(reference, READ_ALL) == expected()
+    puller.pull(image)
+    other.remove_all()
+    assert puller.shell(reference, READ_ALL) == expected()
 
 
 # without labels

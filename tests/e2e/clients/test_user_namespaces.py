@@ -71,3 +71,10 @@ def test_sigterm_leaves_a_mapped_container_its_files(puller: Puller, images: Ima
         assert container.exec("/bin/md5sum", "/bin/busybox").returncode == 0
     finally:
         container.kill()
+
+
+@pytest.mark.parametrize("path", [CRI[0], CTR_TRANSFER], ids=str)
+def test_without_labels_the_client_changes_the_owners_of_a_copy(puller: Puller, images: Images) -> None:
+    reference = puller.pull(images.sealed())
+    maps = MAPPED[:-1]
+    assert puller.shell(reference, f"{READ_ALL}; {OWNERS}; {WRITE}", *maps) == expected() + SEEN

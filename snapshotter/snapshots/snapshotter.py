@@ -352,7 +352,7 @@ class Snapshotter:
                 break
             if layer.is_data:
                 raise FailedPrecondition(
-                    f"layer {layer.ref} is read on demand, and the layer above is not", hint=SEND_LABELS
+                    f"layer {layer.ref} is read on demand as a part of its image, not by itself", hint=SEND_LABELS
                 )
             paths.append(self._files(layer.id))
         if chain:

@@ -56,6 +56,8 @@ def test_snapshot_commands_on_a_lazy_image(puller: Puller, images: Images, tmp_p
         assert not (target / "data/text").exists()
     refused_text = containerd.try_ctr("snapshots", "--snapshotter", containerd.layout.snapshotter, "rm", top).stderr
     assert "cannot remove snapshot with child" in refused_text
+    part = containerd.try_ctr("snapshots", "--snapshotter", containerd.layout.snapshotter, "diff", top).stderr
+    assert "is read on demand as a part of its image, not by itself" in part, "what is below the last layer"
     command(containerd, "rm", "layer")
     assert "layer" not in command(containerd, "ls")
 

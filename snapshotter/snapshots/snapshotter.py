@@ -44,6 +44,7 @@ log = structlog.get_logger(__name__)
 
 _BATCH = 100  # snapshots per message of a List
 _LABELS, _LABELS_BYTES = 10_000, 8 << 20  # of one snapshot, which has to fit into a message of 16 MiB
+_AGAIN = 10.0  # seconds until what could not be disposed of is tried once more
 
 
 class Snapshotter:
@@ -63,6 +64,7 @@ class Snapshotter:
         self._cleaner: asyncio.Task[None]
         self._cleaning = asyncio.Lock()
         self._unpacking = Unpacking(self._directories)
+        self._stayed = asyncio.Event()  # the last `cleanup` left something
         self._locks: WeakValueDictionary[int, asyncio.Lock] = WeakValueDictionary()  # one per image in transition
 
     # making snapshots
@@ -274,7 +276,14 @@ class Snapshotter:
     async def start(self) -> None:
         """Make directories and database agree, and begin to destroy in the background what belongs to neither."""
         recovery.reconcile(self._store, self._directories)
-        self._cleaner = asyncio.create_task(self.cleanup())
+        self._cleaner = asyncio.create_task(self._keep_clean())
+
+    async def _keep_clean(self) -> None:
+        """Now, and again when something stayed: containerd asks only after it has removed something."""
+        while True:
+            await self.cleanup()
+            await self._stayed.wait()
+            await asyncio.sleep(_AGAIN)
 
     async def stop(self) -> None:
         """End what `start` began; the rest of the garbage waits for the next start."""
@@ -285,6 +294,7 @@ class Snapshotter:
     async def cleanup(self) -> None:
         """Unmount and destroy every directory that belongs to no snapshot. One that resists stays for the next time."""
         async with self._cleaning:
+            self._stayed.clear()
             for name in await self.garbage():
                 try:
                     await self._dispose(name)
@@ -292,6 +302,7 @@ class Snapshotter:
                     log.debug("directory has gone meanwhile", directory=name)
                 except (OSError, SnapshotterError) as error:
                     log.info("directory stays for now", directory=name, error=str(error))
+                    self._stayed.set()
 
     async def garbage(self) -> list[str]:
         """Names of the directories that belong to no snapshot."""

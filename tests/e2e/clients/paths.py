@@ -146,7 +146,10 @@ class Puller:
     def remove_all(self) -> None:
         """The same of the last namespace that has images: we mount nothing any more."""
         self.remove_images()
-        until(lambda: not self.daemon.images_mounted(), "no image is mounted", 15)
+        try:
+            until(lambda: not self.daemon.images_mounted(), "no image is mounted", 15)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.daemon.log()[-4000:]}") from error
 
 
 class Stations:

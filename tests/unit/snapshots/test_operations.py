@@ -133,3 +133,20 @@ async def test_a_container_that_comes_while_its_image_is_unmounted_mounts_it_ane
 async def test_unknown_requests_are_refused(node: Node) -> None:
     with pytest.raises(InvalidArgument):
         await node.operations.answer({"op": ["gc"]})
+
+
+async def test_what_resists_is_tried_again_without_being_asked(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snapshotter.snapshots.snapshotter._AGAIN", 0.001)
+    number = await node.pull("busy")
+    await node.snapshots.prepare("p", "container", node.name(number), {})
+    await node.snapshots.start()
+    node.images.busy = {number}
+    for name in ("container", node.name(number)):
+        node.snapshots.remove("p", name)
+    await node.snapshots.cleanup()
+    assert node.images.mounted == {number}
+    node.images.busy = set()
+    async with asyncio.timeout(20):
+        while node.images.mounted or await node.snapshots.garbage():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+    await node.snapshots.stop()

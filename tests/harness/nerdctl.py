@@ -32,6 +32,14 @@ class Nerdctl:
             )
         return result.stdout
 
-    def run(self, reference: str, *command: str) -> str:
-        """Output of a command in a container that is removed afterwards."""
-        return self("run", "--rm", "--net", "none", "--pull", "never", reference, *command)
+    def start(self, name: str, reference: str) -> None:
+        """A container that sleeps."""
+        self("run", "-d", "--net", "none", "--pull", "never", "--name", name, reference, "sleep", "1000")
+
+    def shell(self, reference: str, script: str) -> str:
+        """Output of a script in a new container. By exec, since a busy `nerdctl run` loses what a short one prints."""
+        self.start("shell", reference)
+        try:
+            return self("exec", "shell", "sh", "-ec", script)
+        finally:
+            self("rm", "-f", "shell")

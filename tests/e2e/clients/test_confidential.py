@@ -70,7 +70,7 @@ def test_what_a_client_unpacks_without_naming_an_image_is_not_committed(puller: 
 @pytest.mark.parametrize("path", [NERDCTL_NYDUS[-1]], ids=str)
 def test_a_container_cannot_become_an_image(puller: Puller, images: Images) -> None:
     nerdctl, reference = puller.nerdctl, puller.pull(images.sealed())
-    nerdctl("run", "-d", "--net", "none", "--pull", "never", "--name", "changing", reference, "sleep", "1000")
+    nerdctl.start("changing", reference)
     failed = nerdctl.attempt("commit", "changing", "changed:1")
     nerdctl("rm", "-f", "changing")
     assert failed.returncode != 0

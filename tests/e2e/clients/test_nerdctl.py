@@ -18,14 +18,15 @@ CHANGED = "cat /data/link; ls / | grep new; ls /data", "changed\nnew\nempty\nlin
 def test_a_container_is_committed_pushed_and_run_elsewhere(puller: Puller, images: Images, kind: str) -> None:
     nerdctl, image = puller.nerdctl, getattr(images, kind)()
     reference = puller.pull(image)
-    assert nerdctl.run(reference, "sh", "-c", READ_ALL) == expected()
-    nerdctl("run", "-d", "--net", "none", "--pull", "never", "--name", "changing", reference, "sleep", "1000")
+    nerdctl("run", "--rm", "--net", "none", "--pull", "never", reference, "test", "-s", "/data/random")
+    assert nerdctl.shell(reference, READ_ALL) == expected()
+    nerdctl.start("changing", reference)
     nerdctl("exec", "changing", "sh", "-c", CHANGE)
     script, output = CHANGED
     committed = f"{images.registry.address}/t/app:committed-{puller.namespace}"
     nerdctl("commit", "changing", committed)
     assert set(image.layers) <= puller.containerd.content(), "nerdctl fetches what it is going to push"
-    assert nerdctl.run(committed, "sh", "-c", script) == output
+    assert nerdctl.shell(committed, script) == output
     if kind == "plain":  # its first chunk makes a data blob look like a zstd stream, where nerdctl looks at blobs
         assert "magic number mismatch" in nerdctl.attempt("push", committed).stderr
         nerdctl("push", "--all-platforms", committed)
@@ -34,7 +35,7 @@ def test_a_container_is_committed_pushed_and_run_elsewhere(puller: Puller, image
     nerdctl("rm", "-f", "changing")
     puller.remove_all()
     nerdctl("pull", committed)
-    assert nerdctl.run(committed, "sh", "-c", script) == output
+    assert nerdctl.shell(committed, script) == output
     if kind != "ordinary":
         assert not puller.containerd.content() & set(image.layers), "pulled again, the base is lazy again"
 
@@ -75,4 +76,4 @@ def test_what_nerdctl_cannot_do_with_lazy_images(puller: Puller, images: Images,
     assert failed.returncode != 0
     assert "no processor for media-type" in failed.stderr
     assert not puller.containerd.snapshots()
-    assert nerdctl.run(puller.pull(image), "sh", "-c", READ_ALL) == expected()
+    assert nerdctl.shell(puller.pull(image), READ_ALL) == expected()

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from snapshotter.build.chunker import DEFAULT_CHUNK_SIZE, DEFAULT_CODEC, Codec, check_chunk_size
 from snapshotter.crypto.chunk import domain_secret_public
@@ -11,9 +11,11 @@ from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import InvalidArgument, MalformedImage
 from snapshotter.keys.ocicrypt import Recipient
 from snapshotter.keys.packet import KEK_BYTES, Kek
+from snapshotter.keys.pkcs7 import Certificate
 from snapshotter.keys.resource import ResourceUri
 
 Domain: TypeAlias = Literal["image", "tenant", "public"]
+RECIPIENT: Final = "jwe:PUBLIC.pem, pkcs7:CERTIFICATE.pem or kbs:///repository/type/tag=KEKFILE"
 _HEX_SECRET = re.compile(rb"[0-9a-fA-F]{64}\n?")
 _MAX_PEM = 64 << 10
 _MAX_SECONDS = 253_402_300_799  # the year 9999, where RFC 3339 ends
@@ -39,8 +41,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.plain == bool(self.recipients):
             raise InvalidArgument(
-                "choose what to make: give --recipient jwe:PUBLIC.pem or kbs:///repository/type/tag=KEKFILE for a "
-                "sealed image (once per reader), or --plain for a Nydus image that everybody can read"
+                f"choose what to make: give --recipient {RECIPIENT} for a sealed image (once per reader), or --plain "
+                "for a Nydus image that everybody can read"
             )
         check_chunk_size(self.chunk_size)
         if not 0 <= self.created <= _MAX_SECONDS:
@@ -68,16 +70,21 @@ def convergence_secret(domain: str, path: Path | None, random: bytes) -> SecretB
 
 
 def load_recipient(text: str) -> Recipient:
-    """What `jwe:PUBLIC.pem` or `kbs:///repository/type/tag=KEKFILE` stands for. Raises InvalidArgument."""
+    """What a `--recipient` stands for, see RECIPIENT. Raises InvalidArgument."""
     scheme, _, rest = text.partition(":")
     if scheme == "kbs" and "=" in rest:
         return _kek(text)
-    if scheme != "jwe" or not rest:
-        raise InvalidArgument(f"recipient {text!r}: write jwe:PUBLIC.pem or kbs:///repository/type/tag=KEKFILE")
+    if scheme not in ("jwe", "pkcs7") or not rest:
+        raise InvalidArgument(f"recipient {text!r}: write {RECIPIENT}")
     pem = _read(rest, _MAX_PEM)
     if b"PRIVATE" in pem:
         raise InvalidArgument(f"recipient {rest}: this is a private key; give the public one")
-    return pem
+    if scheme == "jwe":
+        return pem
+    try:
+        return Certificate.load(pem)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"recipient {rest}: {error}") from None
 
 
 def _kek(text: str) -> Kek:

@@ -63,8 +63,9 @@ def _register_convert(commands: "Commands") -> None:
         action="append",
         default=[],
         metavar="WHO",
-        help="who can read it: jwe:PUB.pem, the holder of that private key; kbs:///repository/type/tag=FILE, whoever "
-        "gets that key from the key broker, FILE being the same 32 bytes; may be repeated",
+        help="who can read it: jwe:PUB.pem, the holder of that private key; pkcs7:CERT.pem, the same by a certificate "
+        "(RSA); kbs:///repository/type/tag=FILE, whoever gets that key from the key broker, FILE being the same 32 "
+        "bytes; may be repeated",
     )
     add("--plain", action="store_true", help="make a plain Nydus image, not confidential")
     add(

@@ -2,17 +2,30 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from snapshotter import labels
 from snapshotter.config import Limits
 from snapshotter.crypto import layer
+from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import LimitExceeded
 from snapshotter.keys import annotations as enc
-from snapshotter.keys import jwe, packet
+from snapshotter.keys import jwe
 from snapshotter.keys.provider import KeyProvider
 
-Recipient: TypeAlias = bytes | packet.Kek  # a public key (SPKI PEM), or a key that a key broker hands out
+
+class Wrapper(Protocol):
+    """A recipient with packets of its own."""
+
+    @property
+    def annotation(self) -> str:
+        """Name of the annotation that its packets go to."""
+
+    def wrap(self, options: SecretBytes) -> bytes:
+        """A packet of the private layer options."""
+
+
+Recipient: TypeAlias = bytes | Wrapper  # a public key (SPKI PEM) for JWE, where all recipients share a packet
 
 
 def encrypt_layer(
@@ -22,16 +35,21 @@ def encrypt_layer(
 
     Raises InvalidArgument for no recipient, and for one that is no supported public key.
     """
-    public_keys = [recipient for recipient in recipients if isinstance(recipient, bytes)]
-    keks = [recipient for recipient in recipients if not isinstance(recipient, bytes)]
     cipher, public, private = layer.encrypt(plain)
-    wrapped: dict[str, list[bytes]] = {}
     with private.symkey, private.pack() as options:
-        if public_keys or not keks:
-            wrapped[labels.ENC_KEYS_JWE] = [jwe.wrap(options, public_keys)]
-        if keks:
-            wrapped[packet.ANNOTATION] = [packet.wrap(options, kek) for kek in keks]
-    return cipher, enc.build(public, wrapped)
+        return cipher, enc.build(public, wrap(options, recipients))
+
+
+def wrap(options: SecretBytes, recipients: Sequence[Recipient]) -> dict[str, list[bytes]]:
+    """Packets by annotation. Raises InvalidArgument for no recipient, and for a PEM that is no supported public key."""
+    public_keys = [recipient for recipient in recipients if isinstance(recipient, bytes)]
+    wrapped: dict[str, list[bytes]] = {}
+    if public_keys or not recipients:
+        wrapped[labels.ENC_KEYS_JWE] = [jwe.wrap(options, public_keys)]
+    for recipient in recipients:
+        if not isinstance(recipient, bytes):
+            wrapped.setdefault(recipient.annotation, []).append(recipient.wrap(options))
+    return wrapped
 
 
 async def decrypt_layer(

@@ -12,7 +12,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 import structlog
 from cryptography.exceptions import InvalidTag
@@ -44,6 +44,20 @@ class Kek:
 
     uri: ResourceUri
     key: SecretBytes = field(repr=False)
+
+    annotation: ClassVar[str] = ANNOTATION
+
+    def wrap(self, options: SecretBytes) -> bytes:
+        """A version 1 packet, which every reader knows, A256GCM under a fresh iv."""
+        iv = secrets.token_bytes(_IV_BYTES["A256GCM"])
+        sealed = AESGCM(self.key.expose()).encrypt(iv, options.expose(), None)
+        value = {
+            "kid": str(self.uri),
+            "wrapped_data": encoding.b64_encode(sealed),
+            "iv": encoding.b64_encode(iv),
+            "wrap_type": "A256GCM",
+        }
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +104,6 @@ class Packet:
             return SecretBytes(AESGCM(kek.expose()).decrypt(self.iv, self.wrapped, None))
         except InvalidTag:
             raise KeyDenied(f"key {self.kid}: does not open the layer key") from None
-
-
-def wrap(options: SecretBytes, kek: Kek) -> bytes:
-    """A version 1 packet, which every reader knows, A256GCM under a fresh iv."""
-    iv = secrets.token_bytes(_IV_BYTES["A256GCM"])
-    sealed = AESGCM(kek.key.expose()).encrypt(iv, options.expose(), None)
-    value = {
-        "kid": str(kek.uri),
-        "wrapped_data": encoding.b64_encode(sealed),
-        "iv": encoding.b64_encode(iv),
-        "wrap_type": "A256GCM",
-    }
-    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def check_authenticated(raw: bytes) -> None:

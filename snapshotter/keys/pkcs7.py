@@ -1,25 +1,81 @@
-"""CMS EnvelopedData (RFC 5652 §6) of layer keys, as ocicrypt writes it for `pkcs7:` recipients. Read only.
+"""CMS EnvelopedData (RFC 5652 §6) of layer keys, as ocicrypt writes and reads it for `pkcs7:` recipients.
 
 ocicrypt uses RSA with PKCS#1 v1.5 padding and AES-GCM content, in a slightly odd DER: the algorithm parameters carry
 their own SEQUENCE with the constructed bit cleared, the nonce is tagged [4], and the content is explicitly tagged.
 """
 
+import secrets
 from collections.abc import Iterator, Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
-from cryptography.exceptions import InvalidTag
+from cryptography import x509
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from snapshotter import labels
 from snapshotter.crypto.secret import SecretBytes
-from snapshotter.errors import LimitExceeded, MalformedImage
+from snapshotter.errors import InvalidArgument, LimitExceeded, MalformedImage
 
 _ENVELOPED_DATA: Final = bytes.fromhex("2a864886f70d010703")
 _RSA: Final = bytes.fromhex("2a864886f70d010101")
-_KEY_BYTES: Final = {bytes.fromhex("60864801650304012e"): 32, bytes.fromhex("608648016503040106"): 16}  # AES-GCM
+_DATA: Final = bytes.fromhex("2a864886f70d010701")
+_AES_128_GCM: Final = bytes.fromhex("608648016503040106")
+_KEY_BYTES: Final = {bytes.fromhex("60864801650304012e"): 32, _AES_128_GCM: 16}  # AES-GCM
 _INTEGER, _OCTETS, _OID, _SEQUENCE, _SET = 0x02, 0x04, 0x06, 0x30, 0x31
 _EXPLICIT_0, _NONCE_4 = 0xA0, 0x84
+_CONSTRUCTED = 0x20
 _PACKET_BYTES = 64 << 10
+_MIN_RSA_BITS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A recipient: whoever has the private key of an X.509 certificate (RSA)."""
+
+    certificate: x509.Certificate
+
+    annotation: ClassVar[str] = labels.ENC_KEYS_PKCS7
+
+    @classmethod
+    def load(cls, pem: bytes) -> "Certificate":
+        """Raises InvalidArgument for what is no PEM certificate of an RSA key of at least 2048 bits."""
+        try:
+            certificate = x509.load_pem_x509_certificate(pem)
+            key = certificate.public_key()
+        except (ValueError, UnsupportedAlgorithm):
+            key = None
+        if not isinstance(key, rsa.RSAPublicKey) or key.key_size < _MIN_RSA_BITS:
+            raise InvalidArgument("not a PEM certificate of an RSA key of at least 2048 bits")
+        return cls(certificate)
+
+    def wrap(self, options: SecretBytes) -> bytes:
+        """A packet for this recipient alone: AES-128-GCM under a key that RSA wraps, in the DER of ocicrypt."""
+        cek, nonce = secrets.token_bytes(16), secrets.token_bytes(12)
+        key = self.certificate.public_key()
+        assert isinstance(key, rsa.RSAPublicKey)
+        issuer = _der(_SEQUENCE, self.certificate.issuer.public_bytes() + _integer(self.certificate.serial_number))
+        wrapped = _der(_OCTETS, key.encrypt(cek, padding.PKCS1v15()))
+        recipient = _der(_SEQUENCE, _integer(0) + issuer + _der(_SEQUENCE, _der(_OID, _RSA)) + wrapped)
+        parameters = _der(_SEQUENCE, _der(_NONCE_4, nonce) + _integer(16))
+        algorithm = _der(_SEQUENCE, _der(_OID, _AES_128_GCM) + _der(_SEQUENCE & ~_CONSTRUCTED, parameters))
+        content = _der(_OCTETS, AESGCM(cek).encrypt(nonce, options.expose(), None))
+        encrypted = _der(_SEQUENCE, _der(_OID, _DATA) + algorithm + _der(_EXPLICIT_0, content))
+        enveloped = _der(_SEQUENCE, _integer(0) + _der(_SET, recipient) + encrypted)
+        return _der(_SEQUENCE, _der(_OID, _ENVELOPED_DATA) + _der(_EXPLICIT_0, enveloped))
+
+
+def _der(tag: int, body: bytes) -> bytes:
+    size = len(body)
+    if size < 0x80:
+        return bytes((tag, size)) + body
+    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    return bytes((tag, 0x80 | len(length))) + length + body
+
+
+def _integer(value: int) -> bytes:
+    return _der(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big"))
 
 
 def unwrap(packet: bytes, keys: Sequence[rsa.RSAPrivateKey], *, max_recipients: int = 64) -> SecretBytes | None:

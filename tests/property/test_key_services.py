@@ -65,7 +65,7 @@ def mutated(value: dict[str, Any], changes: dict[str, Any]) -> bytes:
 @given(st.dictionaries(st.sampled_from(["kid", "wrapped_data", "iv", "wrap_type", "version", "provider"]), json_values))
 def test_packets_with_any_members_replaced_open_to_nothing_else(changes: dict[str, Any]) -> None:
     options = b"private options"
-    value = json.loads(packet.wrap(SecretBytes(options), KEK))
+    value = json.loads(KEK.wrap(SecretBytes(options)))
     with contextlib.suppress(SnapshotterError):
         found = Packet.parse(mutated(value, changes))
         if found.wrap_type == "A256GCM":
@@ -168,6 +168,6 @@ def test_any_resource_reaches_any_key(content: bytes, kind: teekey.Kind) -> None
 
 @given(st.binary(min_size=1, max_size=200))
 def test_any_options_wrap_and_open_as_plain_aes_gcm(options: bytes) -> None:
-    value = json.loads(packet.wrap(SecretBytes(options), KEK))
+    value = json.loads(KEK.wrap(SecretBytes(options)))
     iv, wrapped = base64.b64decode(value["iv"]), base64.b64decode(value["wrapped_data"])
     assert AESGCM(bytes(32)).decrypt(iv, wrapped, None) == options

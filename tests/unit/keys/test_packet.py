@@ -84,7 +84,7 @@ async def test_both_versions_are_what_other_tools_write_and_read(broker: Broker)
     for value in (version_1, version_2, version_1 | {"kid": "kbs://kbs.example:8080/default/image-kek/one"}):
         found = await PacketKeys(broker).unwrap(with_packets({}, value), Limits())
         assert found.symkey == private.symkey
-    written = json.loads(packet.wrap(private.pack(), kek()))
+    written = json.loads(kek().wrap(private.pack()))
     assert list(written) == list(version_1)
     iv, wrapped = base64.b64decode(written["iv"]), base64.b64decode(written["wrapped_data"])
     assert AESGCM(KEY).decrypt(iv, wrapped, None) == options
@@ -161,7 +161,7 @@ def as_ctr(annotations: Mapping[str, str], known: bytes, wanted: bytes) -> dict[
 
 async def test_a_gcm_packet_relabelled_as_ctr_is_not_opened_unless_asked_for(broker: Broker) -> None:
     cipher, public, private = layer.encrypt(PLAIN)
-    annotations = enc.build(public, {packet.ANNOTATION: [packet.wrap(private.pack(), kek())]})
+    annotations = enc.build(public, {packet.ANNOTATION: [kek().wrap(private.pack())]})
     forged = LayerPrivate(SecretBytes(b"k" * 32), private.nonce, private.digest)
     attack = with_packets(annotations, as_ctr(annotations, private.pack().expose(), forged.pack().expose()))
     with pytest.raises(KeyDenied, match="A256CTR is not authenticated"):

@@ -1,24 +1,28 @@
-"""PKCS#7 packets of ocicrypt: read as skopeo writes them, and nothing else."""
+"""PKCS#7 packets of ocicrypt: read as skopeo writes them and nothing else, and written as it reads them."""
 
 import base64
 import contextlib
 import datetime
 import gzip
 import hashlib
+import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snapshotter import labels
+from snapshotter.build.options import load_recipient
 from snapshotter.config import Limits
-from snapshotter.errors import KeyDenied, LimitExceeded, MalformedImage, SnapshotterError
+from snapshotter.errors import InvalidArgument, KeyDenied, LimitExceeded, MalformedImage, SnapshotterError
 from snapshotter.keys import ocicrypt, pkcs7
+from snapshotter.keys.pkcs7 import Certificate
 from snapshotter.keys.provider import FileKeys
 from tests.unit.keys.conftest import Pair
 from tests.unit.keys.test_skopeo_interop import Layout, skopeo
@@ -26,40 +30,43 @@ from tests.unit.keys.test_skopeo_interop import Layout, skopeo
 pytestmark = pytest.mark.real
 
 
+def certificate_of(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, name: str) -> bytes:
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+    ends = now + datetime.timedelta(days=36500)
+    certificate = builder.not_valid_before(now).not_valid_after(ends).sign(key, hashes.SHA256())
+    return certificate.public_bytes(Encoding.PEM)
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, Pair]) -> dict[str, Path]:
     directory, made = tmp_path_factory.mktemp("certificates"), {}
-    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     for kind in ("rsa-2048", "rsa-4096"):
-        key = pairs[kind].key
-        assert isinstance(key, rsa.RSAPrivateKey)
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, kind)])
-        builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        certificate = (
-            builder.not_valid_before(now)
-            .not_valid_after(now + datetime.timedelta(days=36500))
-            .sign(key, hashes.SHA256())
-        )
         made[kind] = directory / f"{kind}.crt"
-        made[kind].write_bytes(certificate.public_bytes(Encoding.PEM))
+        made[kind].write_bytes(certificate_of(pairs[kind].key, kind))
     return made
 
 
 Made = tuple[bytes, bytes, dict[str, str]]
 
 
-@pytest.fixture(scope="module")
-def layer(tmp_path_factory: pytest.TempPathFactory, certificates: dict[str, Path]) -> Made:
-    """Plaintext, ciphertext and annotations of a layer that skopeo encrypted to two certificates."""
-    directory = tmp_path_factory.mktemp("layer")
+def encrypted_by_skopeo(directory: Path, certificates: Iterable[Path]) -> Made:
+    """Plaintext, ciphertext and annotations."""
     tar = bytes(10240)
     plain = gzip.compress(tar, mtime=0)
     source = Layout.create(directory / "plain", plain, "sha256:" + hashlib.sha256(tar).hexdigest())
-    options = [option for path in certificates.values() for option in ("--encryption-key", f"pkcs7:{path}")]
+    options = [option for path in certificates for option in ("--encryption-key", f"pkcs7:{path}")]
     result = skopeo(*options, f"oci:{source.path}:t", f"oci:{directory}/e:t")
     assert result.returncode == 0, result.stderr
     descriptor, cipher = Layout(directory / "e").layer()
     return plain, cipher, descriptor["annotations"]
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory: pytest.TempPathFactory, certificates: dict[str, Path]) -> Made:
+    """A layer that skopeo encrypted to two certificates."""
+    return encrypted_by_skopeo(tmp_path_factory.mktemp("layer"), certificates.values())
 
 
 def packet_of(layer: Made) -> bytes:
@@ -97,6 +104,64 @@ def test_every_changed_or_missing_byte_opens_nothing(layer: Made, pairs: dict[st
             with contextlib.suppress(MalformedImage):
                 opened = pkcs7.unwrap(candidate, [key])
                 assert opened is None or opened == payload
+
+
+@pytest.mark.parametrize("kind", ["rsa-2048", "rsa-4096"])
+async def test_skopeo_and_we_open_what_we_wrapped(
+    tmp_path: Path, certificates: dict[str, Path], pairs: dict[str, Pair], kind: str
+) -> None:
+    """ocicrypt finds its recipient by the certificate, which skopeo takes as another `--decryption-key`."""
+    tar = bytes(10240)
+    plain = gzip.compress(tar, mtime=0)
+    cipher, annotations = ocicrypt.encrypt_layer(
+        plain, [load_recipient(f"pkcs7:{path}") for path in certificates.values()]
+    )
+    assert set(annotations) == {labels.ENC_KEYS_PKCS7, labels.ENC_PUBOPTS}
+    ours = Layout.create(
+        tmp_path / "ours",
+        cipher,
+        "sha256:" + hashlib.sha256(tar).hexdigest(),
+        mediaType=labels.MEDIA_LAYER_GZIP_ENCRYPTED,
+        annotations=annotations,
+    )
+    certificate = certificates[kind]
+    for name, opens in ((kind, True), ("rsa-stranger", False)):
+        key = pairs[name].private
+        result = skopeo(
+            "--decryption-key", key, "--decryption-key", certificate, f"oci:{ours.path}:t", f"oci:{tmp_path / name}:t"
+        )
+        assert (result.returncode == 0) == opens, result.stderr
+        if opens:
+            assert Layout(tmp_path / name).layer()[1] == plain
+            assert await ocicrypt.decrypt_layer(cipher, annotations, FileKeys([key]), Limits()) == plain
+
+
+def test_our_packets_have_the_form_of_those_of_skopeo(
+    tmp_path: Path, certificates: dict[str, Path], pairs: dict[str, Pair]
+) -> None:
+    """The same structure, names and lengths; only what is random differs."""
+
+    def shape(packet: bytes) -> list[str]:
+        command = ["openssl", "asn1parse", "-inform", "der"]
+        shown = subprocess.run(command, input=packet, capture_output=True, check=True).stdout.decode()
+        return [line.partition("[HEX DUMP]")[0] for line in shown.splitlines()]
+
+    certificate = certificates["rsa-2048"]
+    theirs = packet_of(encrypted_by_skopeo(tmp_path, [certificate]))
+    options = pkcs7.unwrap(theirs, [rsa_key(pairs["rsa-2048"])])
+    assert options is not None
+    assert shape(Certificate.load(certificate.read_bytes()).wrap(options)) == shape(theirs)
+
+
+def test_certificates_that_are_none(tmp_path: Path, pairs: dict[str, Pair], certificates: dict[str, Path]) -> None:
+    (tmp_path / "none").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    (tmp_path / "ec").write_bytes(certificate_of(pairs["p-256"].key, "ec"))
+    (tmp_path / "short").write_bytes(certificate_of(rsa.generate_private_key(65537, 1024), "short"))
+    for wrong in (tmp_path / "none", tmp_path / "ec", tmp_path / "short", pairs["rsa-2048"].public):
+        with pytest.raises(InvalidArgument, match=f"recipient {wrong}: not a PEM certificate"):
+            load_recipient(f"pkcs7:{wrong}")
+    with pytest.raises(InvalidArgument, match="private key"):
+        load_recipient(f"pkcs7:{pairs['rsa-2048'].private}")
 
 
 def test_bounds(layer: Made, pairs: dict[str, Pair]) -> None:

@@ -161,6 +161,7 @@ class Session:
         try:
             pieces = await device.read(offset, length)
         except SnapshotterError as error:
+            device.counters.note("read-failed", device=device.node & 0xFF, offset=offset, reason=error.reason)
             self._refuse(request, slot, str(error), error.reason)
         except asyncio.CancelledError:
             self._refuse(request, slot, "the image was detached", "detached")

@@ -77,6 +77,9 @@ def test_failures_are_told_by_cause_and_operation(tmp_path: Path) -> None:
         assert sum(count for _, count in found["causes"]) == found["counters"]["eio"] > 0
         assert [["read", "EIO"], found["counters"]["eio"]] in found["failures"]
         assert events(plane, "verify-failed")
+        assert {event["reason"] for event in events(plane, "read-failed")} == {
+            labels[0] for labels, _ in found["causes"]
+        }
         plane.server.flip = None
         forget_pages(target / "big")
         assert read_at(target / "big", 20 * CHUNK, 10) == BIG[20 * CHUNK :][:10]

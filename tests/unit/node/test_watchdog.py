@@ -17,7 +17,7 @@ from tests.unit.node.test_keeper import Node
 
 pytestmark = pytest.mark.root
 
-PROBE_SECONDS = 0.1
+PROBE_SECONDS = 0.25  # six of them are more than a busy machine keeps anybody from answering
 
 
 class Manager:
@@ -87,7 +87,7 @@ def test_a_worker_that_took_over_at_a_reload_is_watched_like_the_one_before(star
 def test_a_worker_that_is_slow_but_answers_is_left_alone(start: Callable[[], Node]) -> None:
     node = start()
     old = node.pids()
-    for _ in range(6):  # each shorter than what is allowed, together longer
+    for _ in range(3):  # each shorter than what is allowed, together longer
         os.kill(old["blobd"], signal.SIGSTOP)
         time.sleep(watchdog.MISSED * PROBE_SECONDS / 2)
         os.kill(old["blobd"], signal.SIGCONT)
@@ -130,11 +130,12 @@ def test_signs_of_life_end_with_the_last_hope_but_never_while_blobd_is_away(
     manager: Manager, monkeypatch: pytest.MonkeyPatch, start: Callable[[], Node]
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "200000")
+    monkeypatch.setenv("FAKE_PROBE_SECONDS", "0.1")
     node = start()
     manager.wait_for("WATCHDOG=1", 3)
     (node.root / "mute-snapshotd").touch()
     node.kill("snapshotd")
-    silence = PROBE_SECONDS * watchdog.HOPELESS
+    silence = 0.1 * watchdog.HOPELESS
 
     def silent() -> bool:
         before = manager.listen().count("WATCHDOG=1")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from snapshotter import __version__, config, control, failpoints
+from snapshotter import __version__, config, control, failpoints, memory
 from snapshotter.errors import SnapshotterError
 from snapshotter.image.initdata import with_initdata
 from snapshotter.log import bind_request, configure
@@ -28,7 +28,6 @@ from snapshotter.monitor import journal
 from snapshotter.monitor.trail import Trail
 from snapshotter.mounts.drivers import ErofsMounter
 from snapshotter.mounts.mountinfo import read_mounts
-from snapshotter.mounts.syscalls import set_undumpable
 from snapshotter.ondemand.client import BlobdClient
 from snapshotter.ondemand.dataplane import DataPlane
 from snapshotter.service.server import Server
@@ -224,7 +223,9 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(flag)
     flags = parser.parse_args(arguments)
     os.umask(0o077)
-    set_undumpable()
+    memory.set_undumpable()
+    with contextlib.suppress(OSError):  # where that is not allowed; blobd, which keeps keys for long, logs it
+        memory.lock()
     try:
         settings = config.load(
             Path(flags.config) if flags.config else None, root=flags.root, cache_dir=flags.cache, address=flags.address

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from snapshotter import __version__, control, failpoints, oom
+from snapshotter import __version__, control, failpoints, memory, oom
 from snapshotter.loop import SIGNALS, Loop
 from snapshotter.mounts.syscalls import open_fuse_session
 from snapshotter.notify import Systemd
@@ -249,6 +249,7 @@ def main(flags: list[str]) -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one descriptor per image
     oom.protect()
+    memory.set_undumpable()
     os.umask(0o077)
     os.makedirs(root, exist_ok=True)
     run = [sys.executable, "-P", "-m"]

@@ -75,6 +75,8 @@ class Loader:
         else:
             plain = layer
         opened = await asyncio.to_thread(open_layer, image, plain, self._limits)
+        if isinstance(plain, bytearray):
+            plain[:] = bytes(len(plain))  # it holds all keys of the image
         image.check_claims(opened.diff_id)
         if opened.bootstrap.sealed:
             devices = await asyncio.to_thread(

@@ -9,7 +9,6 @@ import os
 FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 0x01, 0x02, 0x04, 0x08
 MNT_DETACH, UMOUNT_NOFOLLOW = 0x02, 0x08
-PR_SET_DUMPABLE = 4
 
 _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 429, 430, 431, 432
 _CLOEXEC = 1  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
@@ -61,12 +60,6 @@ def messages(context: int) -> str:
 def umount(target: str, flags: int = 0) -> None:
     if _libc.umount2(os.fsencode(target), flags) < 0:
         raise _error("umount2")
-
-
-def set_undumpable() -> None:
-    """No core dump, no ptrace by others, /proc/self/mem owned by root: key material stays inside."""
-    if _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0:
-        raise _error("prctl")
 
 
 def open_fuse_session() -> tuple[int, int]:

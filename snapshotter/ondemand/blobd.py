@@ -9,7 +9,6 @@ mounts, opens or stats anything its own session serves: such a call would wait f
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -23,7 +22,7 @@ from typing import Literal
 import msgspec
 import structlog
 
-from snapshotter import __version__, config, control, failpoints, oom
+from snapshotter import __version__, config, control, failpoints, memory, oom
 from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters, ImageCounters
 from snapshotter.blobs.fetcher import Fetcher
@@ -45,8 +44,6 @@ _SESSION = ("fuse", "fuse-root", "session", "listen-blobd")
 _LOCK_SECONDS = 5.0
 _RELIEVE_SECONDS = 5.0  # what others can write before the cache gives way; they have `min_free` until then
 _DETACH_SECONDS = 5.0  # the kernel closes an image's files a moment after its last unmount
-_PR_SET_DUMPABLE = 4
-_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _SWITCH_SECONDS = 0.0005  # a thread with a reply must not wait 5 ms for another one's bytecode
 
 
@@ -314,10 +311,11 @@ def _tell(path: Path, what: Literal["holds", "ready"]) -> None:
 
 def harden() -> None:
     """Keep keys in this process's memory: no core dump, no swap. And be the last to be killed for lack of memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT):
-        log.info("memory cannot be locked", error=os.strerror(ctypes.get_errno()))
+    memory.set_undumpable()
+    try:
+        memory.lock()
+    except OSError as error:
+        log.info("memory cannot be locked", error=str(error))
     oom.protect()
 
 

@@ -51,6 +51,16 @@ def test_status_of_a_running_node(work: Work) -> None:
     assert "blobd" in result.stderr
 
 
+def test_no_process_can_dump_or_swap_what_it_keeps(work: Work) -> None:
+    for name, pid in Serve(work).pids().items():
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert "Max core file size        0                    0" in limits, name
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert int(status["CapEff"], 16), "a process without rights would say nothing about locked memory"
+        if name != "keeper":  # which has descriptors of keys, and never maps them
+            assert int(status["VmLck"].split()[0]) > 10_000, f"{name}: memory is not locked"
+
+
 def test_interrupt_ends_all_three(work: Work) -> None:
     serve = Serve(work)
     pids = serve.pids()

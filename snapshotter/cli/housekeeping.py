@@ -15,7 +15,7 @@ from snapshotter.errors import InvalidArgument, Unavailable
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_SECONDS = 300.0  # for an answer: a cleanup may have millions of files to delete
+_SECONDS, _WORK_SECONDS = 10.0, 600.0  # for an answer, and for one behind which millions of files may be touched
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d{1,9})([smhd])")
 
@@ -68,18 +68,18 @@ def _asking(root: str, name: str) -> Iterator[str]:
         raise Unavailable(f"root {root}: no answer from {name} ({why})", hint="is `serve` running?") from error
 
 
-def ask(root: str, name: str, message: control.Message) -> control.Message:
+def ask(root: str, name: str, message: control.Message, seconds: float = _SECONDS) -> control.Message:
     """One answer of snapshotd or blobd. Raises Unavailable."""
     with _asking(root, name) as path:
-        answer, received = control.request(path, message, timeout=_SECONDS)
+        answer, received = control.request(path, message, timeout=seconds)
         control.close_all(received)
     return answer
 
 
-def ask_all(root: str, name: str, op: str) -> Iterator[control.Message]:
+def ask_all(root: str, name: str, op: str, seconds: float = _SECONDS) -> Iterator[control.Message]:
     """The messages of an answer that comes in several. Raises Unavailable."""
     with _asking(root, name) as path:
-        for answer in control.stream(path, {"op": op}, timeout=_SECONDS):
+        for answer in control.stream(path, {"op": op}, timeout=seconds):
             if not answer.get("end"):
                 yield answer
 
@@ -91,7 +91,8 @@ def run_ls(arguments: argparse.Namespace) -> int:
     _, config = load_config(arguments)
     now = time.time()
     if arguments.snapshots:
-        rows = [row for message in ask_all(config.root, "snapshotd", "snapshots") for row in message["snapshots"]]
+        messages = ask_all(config.root, "snapshotd", "snapshots", _WORK_SECONDS)
+        rows = [row for message in messages for row in message["snapshots"]]
         if arguments.json:
             print(json.dumps({"snapshots": rows}))
             return 0
@@ -138,7 +139,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
     from snapshotter.cli import table
 
     _, config = load_config(arguments)
-    done = ask(config.root, "snapshotd", {"op": "gc"})
+    done = ask(config.root, "snapshotd", {"op": "gc"}, _WORK_SECONDS)
     if arguments.json:
         print(json.dumps(done))
         return 0
@@ -155,10 +156,10 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
     _, config = load_config(arguments)
     target, older = _target(arguments), _older(arguments.older)
-    metadata = ask(config.root, "snapshotd", {"op": "prune"})
+    metadata = ask(config.root, "snapshotd", {"op": "prune"}, _WORK_SECONDS)
     chunks: dict[str, Any] = {"bytes": 0, "entries": 0}
     if target is not None or older is not None:
-        chunks = ask(config.root, "blobd", {"op": "prune", "target": target, "older": older})
+        chunks = ask(config.root, "blobd", {"op": "prune", "target": target, "older": older}, _WORK_SECONDS)
     if arguments.json:
         print(json.dumps({"metadata": metadata, "chunks": chunks}))
         return 0

@@ -52,7 +52,7 @@ class Operations:
             case "images":
                 return self.images()
             case "snapshots":
-                return self.snapshots()
+                return self.snapshots(measured=message.get("measured") is not False)
             case "gc":
                 return await self.gc(), ()
             case "prune":
@@ -80,17 +80,18 @@ class Operations:
             yield {"image": row}, ()
         yield {"end": True}, ()
 
-    async def snapshots(self) -> Stream:
-        """Every snapshot of every plugin, with what it occupies where that can be told."""
+    async def snapshots(self, *, measured: bool) -> Stream:
+        """Every snapshot of every plugin; `measured`: with what it occupies, where that can be told."""
         for plugin in self._store.plugins():
             for numbers in _batches(self._store.ids(plugin)):
-                rows = [await self._row(plugin, info) for info in self._store.infos(numbers)]
-                yield {"snapshots": rows}, ()
+                # The ids first: while one is measured, others may be removed.
+                found = [(self._store.get(plugin, info.name).id, info) for info in self._store.infos(numbers)]
+                yield {"snapshots": [await self._row(plugin, number, info, measured) for number, info in found]}, ()
         yield {"end": True}, ()
 
-    async def _row(self, plugin: str, info: Info) -> control.Message:
+    async def _row(self, plugin: str, number: int, info: Info, measured: bool) -> control.Message:
         row: control.Message = {
-            "id": self._store.get(plugin, info.name).id,
+            "id": number,
             "plugin": plugin,
             "name": info.name,
             "parent": info.parent,
@@ -100,9 +101,10 @@ class Operations:
             "size": None,
             "inodes": None,
         }
-        with contextlib.suppress(SnapshotterError, OSError):  # removed meanwhile, or its directory is lost
-            usage = await self._snapshotter.usage(plugin, info.name)
-            row |= {"size": usage.size, "inodes": usage.inodes}
+        if measured:
+            with contextlib.suppress(SnapshotterError, OSError):  # removed meanwhile, or its directory is lost
+                usage = await self._snapshotter.usage(plugin, info.name)
+                row |= {"size": usage.size, "inodes": usage.inodes}
         return row
 
     async def gc(self) -> control.Message:

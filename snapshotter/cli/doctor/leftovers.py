@@ -18,15 +18,16 @@ def _directories(node: Node) -> list[str]:
         raise Skipped(f"root {node.config.root} has no snapshots yet") from None
 
 
-def _listed(node: Node, worker: str, op: str) -> list[dict[str, Any]]:
+def _listed(node: Node, op: str) -> list[dict[str, Any]]:
+    """What snapshotd lists, without measuring."""
     try:
-        return list(node.machine.stream(f"{node.config.root}/{worker}.sock", {"op": op}))
-    except (FileNotFoundError, ConnectionRefusedError, EOFError, ControlError):
-        raise Skipped(f"{worker} does not answer") from None
+        return list(node.machine.stream(f"{node.config.root}/snapshotd.sock", {"op": op, "measured": False}))
+    except (FileNotFoundError, ConnectionRefusedError, TimeoutError, EOFError, ControlError):
+        raise Skipped("snapshotd does not answer") from None
 
 
 def _images(node: Node) -> list[dict[str, Any]]:
-    return [message["image"] for message in _listed(node, "snapshotd", "images")]
+    return [message["image"] for message in _listed(node, "images")]
 
 
 def _mounted(node: Node) -> dict[int, str]:
@@ -72,7 +73,7 @@ def dead_mounts(node: Node) -> Result:
 def directories(node: Node) -> Result:
     """Directories that belong to no snapshot."""
     names = _directories(node)
-    known = {str(row["id"]) for message in _listed(node, "snapshotd", "snapshots") for row in message["snapshots"]}
+    known = {str(row["id"]) for message in _listed(node, "snapshots") for row in message["snapshots"]}
     stray = [name for name in names if name not in known and not name.startswith("lost-")]
     if stray:
         return warn(f"of no snapshot: {_some(stray)}", "coco-snapshotter gc; containerd's next collection does it, too")

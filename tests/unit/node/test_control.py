@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,29 @@ async def test_handler_keeps_what_it_takes_and_the_rest_is_closed(server: Server
 async def test_large_reply_goes_through(server: Server) -> None:
     reply, _ = await asyncio.to_thread(control.request, server.path, {"op": "large"})
     assert len(reply["text"]) == 2_000_000
+
+
+async def test_a_stream_ends_with_its_end_or_with_its_error(tmp_path: Path) -> None:
+    async def answer(message: control.Message, _: list[int]) -> AsyncIterator[control.Reply]:
+        async def parts() -> AsyncIterator[control.Reply]:
+            yield {"part": 1}, [0]
+            if message["op"] == "fail":
+                raise NotFound("gone")
+            yield {"end": True, "parts": 1}, ()
+
+        return parts()
+
+    with control.listen(tmp_path / "socket") as listener:
+        streaming = control.AsyncServer(listener, answer)
+        streaming.start()
+        before = open_fds()
+        ask = partial(asyncio.to_thread, lambda op: list(control.stream(tmp_path / "socket", {"op": op})))
+        assert await ask("list") == [{"part": 1}, {"end": True, "parts": 1}]
+        with pytest.raises(control.ControlError, match="gone") as caught:
+            await ask("fail")
+        assert caught.value.reason == "not-found"
+        await streaming.stop()
+        assert not open_fds() - before, "descriptors that nobody asked for are closed"
 
 
 async def test_error_keeps_its_reason(server: Server) -> None:

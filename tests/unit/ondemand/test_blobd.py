@@ -288,3 +288,12 @@ def test_a_second_blobd_on_the_same_root_is_refused(tmp_path: Path) -> None:
 def test_the_client_gives_up_after_its_patience(tmp_path: Path) -> None:
     with pytest.raises(Unavailable):
         asyncio.run(BlobdClient(tmp_path / "nobody.sock", patience=0.1).status())
+
+
+@pytest.mark.parametrize("wrong", [{"target": -1}, {"target": "1GiB"}, {"older": True}, {"older": 1.5}])
+def test_a_cache_is_not_pruned_by_what_makes_no_sense(tmp_path: Path, wrong: dict[str, object]) -> None:
+    with Plane(tmp_path) as plane:
+        plane.machine.start()
+        with pytest.raises(control.ControlError, match="are numbers") as caught:
+            plane.machine.request({"op": "prune", **wrong})
+        assert caught.value.reason == "invalid-argument"

@@ -10,6 +10,7 @@ import pytest
 from snapshotter.config import Limits
 from snapshotter.errors import FailedPrecondition, InvalidArgument
 from snapshotter.snapshots import recovery
+from snapshotter.snapshots.model import Usage
 from snapshotter.snapshots.operations import Operations
 from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
 from snapshotter.snapshots.snapshotter import Snapshotter
@@ -93,6 +94,21 @@ async def test_snapshots_come_in_batches(node: Node) -> None:
     assert [len(batch) for batch in batches] == [20, 20, 5, 1]
     assert {row["name"] for batch in batches for row in batch if row["plugin"] == "q"} == {"of another plugin"}
     assert all(row["size"] > 0 and row["inodes"] == 1 for batch in batches for row in batch)
+
+
+async def test_a_snapshot_may_vanish_while_others_are_measured(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        await node.snapshots.prepare("p", name, "", {})
+    measure = node.snapshots.usage
+
+    async def usage(plugin: str, name: str) -> Usage:
+        if name == "one":
+            node.snapshots.remove("p", "two")
+        return await measure(plugin, name)
+
+    monkeypatch.setattr(node.snapshots, "usage", usage)
+    [message] = await streamed(node, "snapshots")
+    assert [(row["name"], row["inodes"]) for row in message["snapshots"]] == [("one", 1), ("two", None)]
 
 
 async def test_gc_removes_unmounts_and_says_what_resists(node: Node) -> None:

@@ -34,7 +34,7 @@ from snapshotter.service.server import Server
 from snapshotter.snapshots.operations import Operations
 from snapshotter.snapshots.overview import Overview
 from snapshotter.snapshots.recovery import open_store
-from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, NamedLayer, RemoteImages
 from snapshotter.snapshots.snapshotter import Snapshotter
 
 log = structlog.get_logger("snapshotter.daemon")
@@ -56,6 +56,9 @@ class LaterImages:
 
     async def resolve(self, request: LayerRequest) -> LayerVerdict:
         return await (await asyncio.shield(self.images)).resolve(request)
+
+    async def recall(self, layer: NamedLayer) -> LayerVerdict:
+        return await (await asyncio.shield(self.images)).recall(layer)
 
     async def stored(self, record: ImageRecord) -> int:
         return await (await asyncio.shield(self.images)).stored(record)
@@ -79,7 +82,7 @@ class Daemon:
         self._data_plane = DataPlane(root / "keeper.sock", self._blobd)
         self._trail = Trail()
         self._later = LaterImages(only_verified=settings.mode == "confidential")
-        store = open_store(root)
+        self._store = store = open_store(root)
         self._snapshotter = Snapshotter(root, store, self._later, settings.limits)
         self._operations = Operations(
             self._snapshotter, store, self._mounted, Path(settings.cache_dir), settings.limits
@@ -91,19 +94,26 @@ class Daemon:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Serves containerd at once, and status when all parts are there; drains at the end."""
-        failpoints.hit("snapshotd.opened")
-        await self._snapshotter.start()
-        await self._server.start(self._listener)
-        failpoints.hit("snapshotd.listens")
+        with contextlib.closing(self._store):
+            failpoints.hit("snapshotd.opened")
+            await self._snapshotter.start()
+            await self._server.start(self._listener)
+            failpoints.hit("snapshotd.listens")
+            async with self._images():
+                yield
+                failpoints.hit("snapshotd.drains")
+                await self._drain()
+
+    @contextlib.asynccontextmanager
+    async def _images(self) -> AsyncIterator[None]:
+        """Calls that need images wait for this."""
         pullpath = await asyncio.to_thread(importlib.import_module, "snapshotter.snapshots.pullpath")
         async with pullpath.open_images(self._settings, self._data_plane, self._mounter, self._trail) as images:
-            await self._discard_dead_mounts()
+            await self._reconcile()
             self._later.images.set_result(images)
             self._control.start()
             async with self._monitored():
                 yield
-            failpoints.hit("snapshotd.drains")
-            await self._drain()
 
     @contextlib.asynccontextmanager
     async def _monitored(self) -> AsyncIterator[None]:
@@ -124,16 +134,16 @@ class Daemon:
         await self._snapshotter.stop()
         await self._snapshotter.drain()
 
-    async def _discard_dead_mounts(self) -> None:
-        """Mounts whose image blobd does not have belong to a FUSE session that is lost: every read of them fails.
-
-        Containers that use them cannot be helped; off their path, they do not harm the next ones.
-        """
-        mounted = self._mounted()
-        if not mounted:
-            return
-        attached = {image["id"] for image in (await self._blobd.status())["images"]}
-        for attach_id in mounted - attached:
+    async def _reconcile(self) -> None:
+        """Bring mounts and data plane to agree with what is known, before anybody uses either."""
+        attached = {image["id"]: image["open"] for image in (await self._blobd.status())["images"]}
+        for attach_id in attached.keys() - self._snapshotter.known():
+            log.warning("image is attached that nobody knows", attach_id=attach_id, open=attached[attach_id])
+            if not attached[attach_id]:  # else it is mounted, perhaps below a directory that was set aside
+                await self._data_plane.detach(attach_id)
+        # Mounts whose image blobd does not have belong to a FUSE session that is lost: every read of them fails.
+        # Containers that use them cannot be helped; off their path, they do not harm the next ones.
+        for attach_id in self._mounted() - attached.keys():
             failpoints.hit("snapshotd.discards")
             point = self._snapshotter.mountpoint(attach_id)
             log.error("image was mounted from a data plane that is gone", attach_id=attach_id, target=str(point))

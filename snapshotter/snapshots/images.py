@@ -26,7 +26,7 @@ from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import EncryptedImage, EncryptedLayer, Image, LazyImage, OrdinaryImage, Resolver
 from snapshotter.monitor.trail import Trail
 from snapshotter.ondemand import attachment
-from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, NamedLayer
 from snapshotter.snapshots.wholelayers import WholeLayers
 
 log = structlog.get_logger(__name__)
@@ -138,7 +138,22 @@ class Images:
         if isinstance(verdict, EncryptedImage):
             return self._encrypted(claim, verdict)
         kind = self._place(claim, verdict.image, verdict.chain)
-        return LayerVerdict(kind, verdict.record() if kind == "image" else None)
+        if kind == "ordinary":
+            return LayerVerdict("ordinary", None)
+        return LayerVerdict(kind, verdict.record(), hinted=claim.manifest is None)
+
+    async def recall(self, layer: NamedLayer) -> LayerVerdict:
+        """As `resolve`: the whole order of trust, for what a snapshot's name claims."""
+        manifest = Digest.parse(layer.manifest) if layer.manifest else None
+        bootstrap = Digest.parse(layer.bootstrap)
+        claim = LayerClaim(layer.reference, manifest, bootstrap, layer.chain_id, None, bootstrap)
+        verdict = await self._verdict(claim, "")
+        if not isinstance(verdict, Verdict) or layer.chain_id not in verdict.chain:
+            raise IntegrityError(
+                f"image {layer.reference}: has no layer {layer.chain_id}, which its snapshot's name claims",
+                reason="chain-mismatch",
+            )
+        return LayerVerdict("image" if layer.chain_id == verdict.chain[-1] else "data", verdict.record())
 
     def _encrypted(self, claim: LayerClaim, image: EncryptedImage) -> LayerVerdict:
         """The layer that containerd means, which is told by its place, since two layers may be equal."""

@@ -29,7 +29,7 @@ def open_store(root: Path) -> Store:
     """
     path = root / DATABASE
     try:
-        return Store(path, lambda: _remembered(root))
+        return _open(root)
     except DamagedStore as error:
         aside = root / f"{DATABASE}.damaged-{time.time_ns()}"
         log.error("database is damaged, making a new one from the sidecars", error=str(error), kept_as=str(aside))
@@ -38,6 +38,18 @@ def open_store(root: Path) -> Store:
                 Path(f"{path}{suffix}").rename(f"{aside}{suffix}")
         failpoints.hit("recover.aside")
         return Store(path, lambda: _remembered(root))
+
+
+def _open(root: Path) -> Store:
+    store = Store(root / DATABASE, lambda: _remembered(root))
+    directories = Directories(root)
+    unknown = [int(name) for name in directories.names() if name.isdecimal() and int(name) > store.last_id]
+    # One may be the trace of a crash in the middle of making it. More means that the write-ahead log was lost or cut,
+    # which SQLite does not notice; without this they would be taken for garbage.
+    if len([number for number in unknown if sidecar.read(directories.path(number))]) > 1:
+        store.close()
+        raise DamagedStore(f"does not know the newest {len(unknown)} directories")
+    return store
 
 
 def refuse_newer_database(root: Path) -> None:
@@ -109,9 +121,13 @@ def reconcile(store: Store, directories: Directories) -> None:
     for entry in store.entries():
         row = entry.row
         if str(row.id) in present:
+            noted = sidecar.read(directories.path(row.id))
+            if noted and noted.image and not entry.image:  # the record in the database cannot be read
+                store.set_record(row.id, noted.image)
+                entry = entry._replace(image=noted.image)
             if entry.image:
                 directories.remove_mountpoint(row.id)  # which a reboot left empty
-            if sidecar.read(directories.path(row.id)) != entry:  # a crash may take what was written last
+            if noted != entry:  # a crash may take what was written last
                 sidecar.write(directories.path(row.id), entry, durable=False)
             continue
         if row.ref is None:

@@ -31,6 +31,15 @@ class ImageRecord:
     root_gid: int = 0
 
 
+class NamedLayer(NamedTuple):
+    """What the name of a lost snapshot says: that it was layer `chain_id` of this image."""
+
+    chain_id: str
+    reference: str
+    manifest: str | None  # None: it was pulled by hints, and nothing says which config the client has
+    bootstrap: str
+
+
 class Unpack(Protocol):
     """Unpacks one layer of an admitted image."""
 
@@ -45,7 +54,8 @@ class LayerVerdict(NamedTuple):
     """
 
     kind: Literal["ordinary", "data", "image", "encrypted"]
-    record: ImageRecord | None = None  # of an `image`
+    record: ImageRecord | None = None  # of the lazy image that the layer belongs to
+    hinted: bool = False  # the client did not say which image it pulls
     unpack: Unpack | None = None  # of an `encrypted` layer
 
 
@@ -58,6 +68,9 @@ class RemoteImages(Protocol):
 
     async def resolve(self, request: LayerRequest) -> LayerVerdict:
         """Verify the image of this layer for this caller. Raises SnapshotterError to refuse."""
+
+    async def recall(self, layer: NamedLayer) -> LayerVerdict:
+        """Verify the image of a layer whose snapshot was lost. Raises SnapshotterError; never answers `ordinary`."""
 
     async def stored(self, record: ImageRecord) -> int:
         """Bytes that the image's own metadata takes up in the cache. Chunks are the node's, not an image's."""

@@ -30,13 +30,13 @@ from snapshotter.image.claim import SEND_LABELS
 from snapshotter.labels import NYDUS_BLOB, NYDUS_BOOTSTRAP, PARENT_CHAIN_ID, SNAPSHOT_REF, UID_MAPPING
 from snapshotter.mounts.drivers import overlay_of
 from snapshotter.mounts.mountinfo import read_mounts
-from snapshotter.snapshots import directories, overlay, recovery, sidecar
+from snapshotter.snapshots import directories, names, overlay, recovery, sidecar
 from snapshotter.snapshots.directories import Directories, RootAttributes
 from snapshotter.snapshots.filters import Filter
 from snapshotter.snapshots.idmap import IdMap
 from snapshotter.snapshots.measurements import Measurements
 from snapshotter.snapshots.model import Info, Kind, Labels, Mount, Usage
-from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, RemoteImages, Unpack
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, NamedLayer, RemoteImages, Unpack
 from snapshotter.snapshots.store import Entry, Layer, Row, Store
 from snapshotter.snapshots.unpacking import Unpacking
 
@@ -75,7 +75,7 @@ class Snapshotter:
         Raises InvalidArgument, NotFound, AlreadyExists, and whatever verifying the image raises.
         """
         self._check(plugin, key, labels)
-        above = self._store.parent(plugin, parent)
+        above = await self._parent(plugin, parent)
         self._store.require_free(plugin, key)
         ref = labels.get(SNAPSHOT_REF)
         if not ref and (NYDUS_BLOB in labels or NYDUS_BOOTSTRAP in labels):
@@ -102,7 +102,7 @@ class Snapshotter:
     async def view(self, plugin: str, key: str, parent: str, labels: Labels) -> Sequence[Mount]:
         """A read-only look at `parent`. Raises as `prepare`."""
         self._check(plugin, key, labels)
-        above = self._store.parent(plugin, parent)
+        above = await self._parent(plugin, parent)
         self._store.require_free(plugin, key)
         return await self._create(plugin, Kind.VIEW, key, above, labels)
 
@@ -143,8 +143,30 @@ class Snapshotter:
         if self._store.remote(plugin, ref, above and above.id) is not None:
             return
         row = self._new("", above, Kind.COMMITTED)
-        row = row._replace(name=f"{ref}@{row.id}", ref=ref)
-        self._insert(Entry(plugin, row, _present(labels), verdict.record), "remote", RootAttributes())
+        row = row._replace(name=names.name(ref, row.id, verdict), ref=ref)
+        record = verdict.record if verdict.kind == "image" else None
+        self._insert(Entry(plugin, row, _present(labels), record), "remote", RootAttributes())
+
+    async def _parent(self, plugin: str, name: str) -> Row | None:
+        """The row that may become a parent. One that was lost and whose name leads to an image is made again."""
+        if layer := self._lost(plugin, name):
+            verdict = await self._images.recall(layer)
+            if self._lost(plugin, name):  # nobody was faster
+                self._restore(plugin, name, layer, verdict)
+        return self._store.parent(plugin, name)
+
+    def _lost(self, plugin: str, name: str) -> NamedLayer | None:
+        """What the name of a snapshot that is not here leads to."""
+        return None if self._store.find(plugin, name) else names.parse(name)
+
+    def _restore(self, plugin: str, name: str, layer: NamedLayer, verdict: LayerVerdict) -> None:
+        # What was below it is not known and not needed. There is one snapshot of a layer on each parent, so one that
+        # had several names is hung below itself.
+        above = self._store.lowest(plugin, layer.chain_id)
+        row = self._new(name, above, Kind.COMMITTED)._replace(ref=layer.chain_id)
+        record = verdict.record if verdict.kind == "image" else None
+        self._insert(Entry(plugin, row, {SNAPSHOT_REF: layer.chain_id}, record), "remote", RootAttributes())
+        log.warning("lost snapshot of a lazy image made again", snapshot=name[:200])
 
     async def _unpack(self, plugin: str, above: Row | None, ref: str, labels: Labels, unpack: Unpack) -> None:
         """Have a committed snapshot for a layer that only we can unpack. containerd finds it by its ref and parent."""
@@ -233,7 +255,9 @@ class Snapshotter:
     # looking at them
 
     def stat(self, plugin: str, name: str) -> Info:
-        """Raises NotFound."""
+        """Raises NotFound. What was lost and can be made again is there: it is verified when it becomes a parent."""
+        if layer := self._lost(plugin, name):
+            return Info(name, "", Kind.COMMITTED, 0, 0, {SNAPSHOT_REF: layer.chain_id})
         return self._store.info(plugin, name)
 
     async def usage(self, plugin: str, name: str) -> Usage:
@@ -241,6 +265,8 @@ class Snapshotter:
 
         A layer that was not unpacked takes up what is kept to remember it and, of an image, its metadata in the cache.
         """
+        if self._lost(plugin, name):
+            return Usage(0, 0)
         row = self._store.get(plugin, name)
         if row.ref is not None:
             size, inodes = await asyncio.to_thread(directories.own, self._directories.path(row.id), sidecar.NAME)
@@ -266,6 +292,10 @@ class Snapshotter:
         """Lazy images by attach id that a container's snapshot lies on. `container`: its id or its snapshot's key."""
         layers = [layer for number in self._store.named(container) for layer in self._store.chain(number)]
         return {layer.id: layer.image for layer in layers if layer.image is not None}
+
+    def known(self) -> set[int]:
+        """Ids that mean something: those of snapshots, and of directories that `cleanup` will see to."""
+        return self._store.all_ids() | {int(name) for name in self._directories.names() if name.isdecimal()}
 
     def mountpoint(self, attach_id: int) -> Path:
         """Where the image is mounted while it is."""

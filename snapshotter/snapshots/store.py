@@ -28,9 +28,10 @@ from typing import NamedTuple
 import msgspec
 
 from snapshotter import failpoints
-from snapshotter.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from snapshotter.errors import AlreadyExists, FailedPrecondition, IntegrityError, InvalidArgument, NotFound
 from snapshotter.labels import SNAPSHOT_REF
 from snapshotter.snapshots.model import Info, Kind, Labels, Usage
+from snapshotter.snapshots.queries import CHAIN, COLUMNS, DESCENDANTS, INFO_COLUMNS, USERS
 from snapshotter.snapshots.remote import ImageRecord
 
 VERSION = 1
@@ -104,40 +105,7 @@ class Layer(NamedTuple):
         return self.ref is not None and self.image is None
 
 
-_COLUMNS = (
-    "s.id, s.name, s.parent_id, s.kind, s.created_ns, s.updated_ns, s.size, s.inodes, s.ref, ifnull(p.name, '') "
-    "FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id"
-)
-_USERS = """
-WITH RECURSIVE above (image, id) AS (
-    SELECT id, id FROM image
-    UNION ALL
-    SELECT image, s.id FROM above JOIN snapshot s ON s.parent_id = above.id WHERE s.id NOT IN (SELECT id FROM image)
-)
-SELECT image, name FROM above JOIN snapshot USING (id) WHERE kind <> 3 ORDER BY id
-"""
-_INFO_COLUMNS = (
-    "s.id, s.name, ifnull(p.name, ''), s.kind, s.created_ns, s.updated_ns "
-    "FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id"
-)
 _KINDS = {int(kind): kind for kind in Kind}
-_CHAIN = """
-WITH RECURSIVE chain (depth, id) AS (
-    VALUES (0, ?)
-    UNION ALL
-    SELECT depth + 1, parent_id FROM chain JOIN snapshot USING (id) WHERE parent_id IS NOT NULL
-)
-SELECT s.id, s.name, s.ref, i.record
-FROM chain JOIN snapshot s USING (id) LEFT JOIN image i USING (id) ORDER BY depth
-"""
-_DESCENDANTS = """
-WITH RECURSIVE above (id) AS (
-    SELECT id FROM snapshot WHERE parent_id = ?
-    UNION ALL
-    SELECT s.id FROM above JOIN snapshot s ON s.parent_id = above.id
-)
-SELECT id FROM above JOIN label ON snapshot_id = id WHERE key = ?
-"""
 
 
 class Store:
@@ -212,6 +180,11 @@ class Store:
                 self._db.execute("ROLLBACK")
             raise
 
+    @property
+    def last_id(self) -> int:
+        """No id above it was handed out."""
+        return self._last_id
+
     def reserve(self, number: int) -> None:
         """Hand out only ids above `number`, in this process."""
         self._last_id = max(self._last_id, number)
@@ -219,7 +192,7 @@ class Store:
     # reading
 
     def find(self, plugin: str, name: str) -> Row | None:
-        found = self._db.execute(f"SELECT {_COLUMNS} WHERE s.plugin = ? AND s.name = ?", (plugin, name))
+        found = self._db.execute(f"SELECT {COLUMNS} WHERE s.plugin = ? AND s.name = ?", (plugin, name))
         return next(map(_row, found), None)
 
     def get(self, plugin: str, name: str) -> Row:
@@ -251,7 +224,7 @@ class Store:
         """Those of `numbers` (at most a few hundred) that still exist, in that order."""
         marks = ",".join("?" * len(numbers))
         found = {}
-        for number, *columns in self._db.execute(f"SELECT {_INFO_COLUMNS} WHERE s.id IN ({marks})", numbers):
+        for number, *columns in self._db.execute(f"SELECT {INFO_COLUMNS} WHERE s.id IN ({marks})", numbers):
             name, parent, kind, created, updated = columns
             found[number] = Info(name, parent, _KINDS[kind], created, updated, {})
         labels = self._db.execute(f"SELECT snapshot_id, key, value FROM label WHERE snapshot_id IN ({marks})", numbers)  # noqa: S608
@@ -274,12 +247,12 @@ class Store:
         """The snapshot `number` and its ancestors, top first; [] for None."""
         if number is None:
             return []
-        found = self._db.execute(_CHAIN, (number,)).fetchall()
+        found = self._db.execute(CHAIN, (number,)).fetchall()
         return [Layer(layer, name, ref, record and _decode(record)) for layer, name, ref, record in found]
 
     def descendants(self, number: int, label: str) -> list[int]:
         """Ids of the snapshots above `number` that have this label."""
-        return [found for (found,) in self._db.execute(_DESCENDANTS, (number, label))]
+        return [found for (found,) in self._db.execute(DESCENDANTS, (number, label))]
 
     def remote(self, plugin: str, ref: str, parent_id: int | None) -> int | None:
         """Id of the remote snapshot of layer `ref` on exactly this parent."""
@@ -320,8 +293,24 @@ class Store:
         found = self._db.execute(query, (plugin, SNAPSHOT_REF, ref, Kind.COMMITTED, parent_id or 0, ref))
         return found.fetchone() is not None
 
+    def lowest(self, plugin: str, ref: str) -> Row | None:
+        """Of the remote snapshots of layer `ref` that hang below each other, the one that nothing hangs below."""
+        found: Row | None = None
+        while (number := self.remote(plugin, ref, found and found.id)) is not None:
+            found = _row(self._db.execute(f"SELECT {COLUMNS} WHERE s.id = ?", (number,)).fetchone())
+        return found
+
     def images(self) -> dict[int, ImageRecord]:
-        return {number: _decode(record) for number, record in self._db.execute("SELECT id, record FROM image")}
+        """All that can be read. One that cannot must not keep the others from being served."""
+        found = {}
+        for number, record in self._db.execute("SELECT id, record FROM image"):
+            with contextlib.suppress(IntegrityError):
+                found[number] = _decode(record)
+        return found
+
+    def set_record(self, number: int, record: ImageRecord) -> None:
+        """Of a snapshot that is a lazy image."""
+        self._db.execute("INSERT OR REPLACE INTO image VALUES (?, ?)", (number, msgspec.json.encode(record).decode()))
 
     def placed_images(self) -> list[tuple[int, str, int, ImageRecord]]:
         """Attach id, plugin, time of the pull in nanoseconds, and record of each lazy image."""
@@ -331,13 +320,13 @@ class Store:
     def users(self) -> dict[int, list[str]]:
         """Keys of the active snapshots and views that show each lazy image. Images without any are not in there."""
         found: dict[int, list[str]] = {}
-        for image, key in self._db.execute(_USERS):
+        for image, key in self._db.execute(USERS):
             found.setdefault(image, []).append(key)
         return found
 
     def entries(self) -> Iterator["Entry"]:
         """Every snapshot with all that is known of it."""
-        query = f"SELECT s.plugin, {_COLUMNS} ORDER BY s.id"
+        query = f"SELECT s.plugin, {COLUMNS} ORDER BY s.id"
         records = self.images()
         for plugin, *columns in self._db.execute(query).fetchall():
             row = _row(columns)
@@ -396,8 +385,7 @@ class Store:
         self._db.execute("INSERT INTO snapshot VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", columns)
         self._insert_labels(row.id, labels)
         if image is not None:
-            record = msgspec.json.encode(image).decode()
-            self._db.execute("INSERT INTO image VALUES (?, ?)", (row.id, record))
+            self.set_record(row.id, image)
 
     def commit(self, plugin: str, active: Row, name: str, parent: str, labels: Labels, usage: Usage) -> "Entry":
         """Make `active` the committed snapshot `name` with these labels; `parent` moves one that has none."""
@@ -485,7 +473,12 @@ def _info(row: Row, labels: dict[str, str]) -> Info:
 
 
 def _decode(record: str) -> ImageRecord:
-    return msgspec.json.decode(record, type=ImageRecord)
+    try:
+        return msgspec.json.decode(record, type=ImageRecord)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise IntegrityError(
+            f"image record cannot be read ({error}); remove the image and pull it again", reason="lost"
+        ) from None
 
 
 def _short(name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snapshotter.errors import PolicyDenied, SnapshotterError
 from snapshotter.mounts.mountinfo import read_mounts
-from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, NamedLayer
 
 VERDICT = "containerd.io/snapshot/test.verdict"  # data, image, ordinary, denied, broken
 STORED = 1_000_000  # what the metadata of every image takes up
@@ -45,6 +45,10 @@ class FakeImages:
             record = ImageRecord("registry/app:1", digest, digest, request.chain_id, True, 0o700, 5, 6)
             return LayerVerdict("image", record)
         return LayerVerdict("ordinary")
+
+    async def recall(self, layer: NamedLayer) -> LayerVerdict:
+        record = ImageRecord(layer.reference, layer.manifest or "", layer.bootstrap, layer.chain_id, True, 0o700, 5, 6)
+        return LayerVerdict("image", record)
 
     async def stored(self, record: ImageRecord) -> int:
         return STORED

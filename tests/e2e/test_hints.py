@@ -1,6 +1,8 @@
 """A client that hands on the annotations of layers and nothing else, as nerdctl does for plugins it does not know."""
 
 import hashlib
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,3 +60,28 @@ def test_an_image_is_lazy_by_its_hints(work: Work, images: Images, tmp_path: Pat
     client.cleanup()
     assert not daemon.status()["images"]
     assert not daemon.images_mounted()
+
+
+def test_after_a_reboot_hints_are_hints_again(work: Work, images: Images, tmp_path: Path) -> None:
+    """Nothing is known of the config that a client has for its image, so where that matters it is refused as before."""
+    image = images.sealed()
+    root = work.directory("memory")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=0700", "tmpfs", root], check=True)
+    work.stack.callback(subprocess.run, ["umount", str(root)], check=True)
+    settings = {"keys": {"files": [str(images.key)]}}
+    daemon = Serve(work, "coco", settings, root=root / "state")
+    client = Client(daemon.address, "hints")
+    work.stack.callback(client.close)
+    top = list(pull(client, image))[-1]
+    daemon.stop()
+    shutil.rmtree(root / "state")
+    daemon.start()
+    with mounted(client.prepare("container", top), tmp_path) as files:
+        assert (files / "data/random").read_bytes() == tiny.data(1)
+    daemon.stop()
+    shutil.rmtree(root / "state")
+    strict = Serve(work, "coco", settings | {"mode": "confidential"}, root=root / "state")
+    client = Client(strict.address, "hints")
+    work.stack.callback(client.close)
+    with pytest.raises(grpc.RpcError, match="unauthentic-image"):
+        client.prepare("container", top)

@@ -48,14 +48,19 @@ class Containerd:
         self.environment = work.environment | {"PATH": release.path}
         self._numbers = itertools.count(1)
         self._label = name
-        config = home / "config.toml"
-        config.write_text(release.config(self.layout))
-        self.process = Process(work, name, ["containerd", "-c", config], environment={"PATH": release.path})
+        self._work = work
+        (home / "config.toml").write_text(release.config(self.layout))
+        self.start_daemon()
+
+    def start_daemon(self) -> None:
+        """Again after `process.stop()`, with the state that it has kept."""
+        command: list[str | Path] = ["containerd", "-c", self.home / "config.toml"]
+        self.process = Process(self._work, self._label, command, environment={"PATH": self.environment["PATH"]})
         self.process.wait_until(lambda: self.try_ctr("version").returncode == 0, "ctr version answers")
         self.cri = Cri(self.layout.socket)
-        work.stack.callback(self.cri.close)
+        self._work.stack.callback(self.cri.close)
         self.process.wait_until(self._cri_answers, "its CRI plugin answers")
-        work.stack.callback(self._remove_all_containers)
+        self._work.stack.callback(self._remove_all_containers)
 
     def _cri_answers(self) -> bool:
         try:

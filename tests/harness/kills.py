@@ -38,7 +38,7 @@ FILES, FILE_BYTES = 6, 256 << 10
 # What `Stage` can do, and the state in which some of it begins.
 OPERATIONS = (
     "pull", "start", "remove", "unpack", "label", "read", "restart_snapshotd", "restart_blobd", "restart_keeper",
-    "reload", "stop", "lose_database", "lose_directory",
+    "reload", "stop", "lose_database", "lose_log", "lose_directory",
 )  # fmt: skip
 STATES = {"pull": "absent", "start": "pulled", "remove": "mounted", "unpack": "absent"}
 _LOOP_GET_STATUS64, _LOOP_INFO64 = 0x4C05, 232
@@ -137,7 +137,6 @@ class Stage:
         self.work = work
         self.armed = work.directory("armed")
         self._round_seconds = round_seconds
-        self.kills = 0
         self.registry = Registry(work)
         key, public = serve.key_pair(work.path)
         layout = oci.Layout(work.path / "layout")
@@ -243,6 +242,20 @@ class Stage:
                 file.write(b"garbage" * 1000)
         self.restart_snapshotd()
 
+    def lose_log(self) -> None:
+        """The database is whole, but does not know the newest snapshots."""
+        with closing(sqlite3.connect(self.daemon.root / "metadata.db")) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        keys = [f"log-{next(self._labels)}" for _ in range(2)]
+        for key in keys:
+            self.client.prepare(key)
+        for log in self.daemon.root.glob("metadata.db-[ws]*"):
+            log.unlink()
+        self.restart_snapshotd()
+        for key in keys:
+            self.client.mounts(key)
+            self.client.remove(key)
+
     def lose_directory(self) -> None:
         """Of a data layer, which has nothing in it but its sidecar."""
         with closing(self._database()) as database:
@@ -269,10 +282,13 @@ class Stage:
 
     # killing
 
-    def kill(self, operation: str, points: Mapping[str, int], *, thorough: bool = True) -> None:
+    def kill(
+        self, operation: str, points: Mapping[str, int], *, thorough: bool = True, patience: float = 40
+    ) -> list[str]:
         """Do an operation until whoever comes to each point is killed there; recover; do it whole; check everything.
 
-        `points` says how many hits pass before the kill.
+        `points` says how many hits pass before the kill. Returns those that were come to within `patience` seconds: one
+        kill may keep the system from the next.
         """
         if operation in STATES:
             getattr(self, STATES[operation])()
@@ -280,23 +296,27 @@ class Stage:
         for point, passes in points.items():
             (self.armed / point).write_bytes(b"." * passes)
         done = False
-        with suppress(RuntimeError, AssertionError, TimeoutError, grpc.RpcError, OSError, EOFError):
+        with suppress(RuntimeError, AssertionError, grpc.RpcError, subprocess.SubprocessError, OSError, EOFError):
             perform()
             done = True
-        hits = [self.armed / f"{point}.hit" for point in points]
+        hits = {point: self.armed / f"{point}.hit" for point in points}
 
         def reached() -> bool:
             self._revive()  # what starts again may be killed again
-            return all(hit.exists() for hit in hits)
+            return all(hit.exists() for hit in hits.values())
 
-        until(reached, f"{', '.join(points)} on the way of {operation}", 40)
-        for hit in hits:
-            hit.unlink()
-        self.kills += len(hits)
+        with suppress(TimeoutError):
+            until(reached, "every point", patience)
+        for point in points:
+            (self.armed / point).unlink(missing_ok=True)
+        found = [point for point, hit in hits.items() if hit.exists()]
+        for point in found:
+            hits[point].unlink()
         self.recover()
         if not done:
             perform()
         self.check(thorough)
+        return found
 
     def hits(self, operation: str) -> dict[str, int]:
         """How often an operation comes to each point."""
@@ -373,7 +393,8 @@ class Stage:
 
         with suppress(TimeoutError):
             until(agree, "directories and database agree", 5)
-        assert self.names[0] == self.names[1], "directories and database"
+        present, known = self.names
+        assert present == known, f"directories without a row: {present - known}, rows without one: {known - present}"
 
     def _check_images(self) -> None:
         """What is mounted is attached, what is attached is held by the keeper and known; no loop device is left."""

@@ -42,6 +42,7 @@ KILLED: dict[str, tuple[str, ...]] = {
     "reload": ("keeper.reloads", "keeper.hands-over", "keeper.took-over", "keeper.replaced", "blobd.holds"),
     "stop": ("snapshotd.drains", "keeper.stops", "keeper.stopped"),
     "lose_database": ("recover.aside", "recover.inserted"),
+    "lose_log": ("recover.aside",),
     "lose_directory": ("reconcile.made",),
 }  # fmt: skip
 LOST = {"restart_keeper": "blobd.dumps", "lose_session": "snapshotd.discards"}  # with the session
@@ -63,7 +64,7 @@ def stage() -> Iterator[Stage]:
 
 @pytest.mark.parametrize(("operation", "point"), cases())
 def test_killed(stage: Stage, operation: str, point: str) -> None:
-    stage.kill(operation, {point: 0})
+    assert stage.kill(operation, {point: 0}) == [point]
 
 
 @pytest.mark.parametrize(("operation", "point"), LOST.items())

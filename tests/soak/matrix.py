@@ -8,13 +8,14 @@ keeps busy all the time.
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from snapshotter.failpoints import POINTS
 from tests.harness.kills import OPERATIONS, Stage
 from tests.harness.machine import Work
 
 KILLS = 1000
-LOOP_SHARE = 10  # one of so many with the loop driver
+NODES = 3  # at a time; the last uses loop devices, and is about what needs them
 _PROCESS = {name: process for process, names in POINTS.items() for name in names}
 # The one loss is keeper and blobd at once. So the one is not killed where the other is dead.
 _SPARED = {"restart_keeper": "blobd", "stop": "blobd", "restart_blobd": "keeper"}
@@ -28,11 +29,10 @@ _APART = {"blobd.dumps", "snapshotd.discards"}  # only on the way of that loss: 
 
 def run(scale: int, say: Callable[[str], None]) -> str:
     count = KILLS * scale
-    parts = [
-        _part(count - count // LOOP_SHARE, OPERATIONS, "file", say),
-        _part(count // LOOP_SHARE, ("pull", "start", "remove"), "loop", say),
-    ]
-    kills = sum((kills for kills, _ in parts), Counter[tuple[str, str]]())
+    with ThreadPoolExecutor(NODES) as pool:
+        parts = [pool.submit(_part, share, number, say).result for number, share in enumerate(_shares(count))]
+        results = [part() for part in parts]
+    kills = sum((kills for kills, _ in results), Counter[tuple[str, str]]())
     points = {point for _, point in kills}
     if missed := _PROCESS.keys() - points - _APART:
         raise AssertionError(f"nobody was killed at {', '.join(sorted(missed))}")
@@ -40,32 +40,39 @@ def run(scale: int, say: Callable[[str], None]) -> str:
     for (_, point), number in kills.items():
         by_process[_PROCESS[point]] += number
     shares = ", ".join(f"{process} {number}" for process, number in by_process.most_common())
+    operations, rounds = {name for name, _ in kills}, sum(rounds for _, rounds in results)
     return (
-        f"{kills.total()} kills ({shares}) at {len(points)} points under {len({name for name, _ in kills})} operations "
-        f"({len(kills)} pairs), {sum(rounds for _, rounds in parts)} rounds of fio, 0 failed or wrong reads or writes, "
-        f"0 violations"
+        f"{kills.total()} kills ({shares}) at {len(points)} points under {len(operations)} operations, "
+        f"{len(kills)} pairs of both; {rounds} rounds of fio, 0 failed or wrong reads or writes; 0 violations"
     )
 
 
-def _part(
-    count: int, operations: tuple[str, ...], driver: str, say: Callable[[str], None]
-) -> tuple[Counter[tuple[str, str]], int]:
+def _shares(count: int) -> list[int]:
+    loop = count // 10
+    return [(count - loop) // 2, count - loop - (count - loop) // 2, loop]
+
+
+def _part(count: int, number: int, say: Callable[[str], None]) -> tuple[Counter[tuple[str, str]], int]:
     done: Counter[tuple[str, str]] = Counter()
+    driver = "loop" if number == NODES - 1 else "file"
+    operations = ("pull", "start", "remove") if driver == "loop" else OPERATIONS
     with Work("soak-kills") as work:
         stage = Stage(work, settings={"erofs": {"driver": driver}})
         reached = {operation: stage.hits(operation) for operation in operations}
-        say(f"driver {driver}: {sum(map(len, reached.values()))} pairs of an operation and a point on its way")
-        for number, (operation, point) in enumerate(_pairs(reached)):
+        say(f"node {number}, driver {driver}: {sum(map(len, reached.values()))} pairs of an operation and a point")
+        for turn, (operation, point) in enumerate(_pairs(reached)):
             if done.total() >= count:
                 break
             points = _victims(operation, point, reached[operation][point])
             try:
-                stage.kill(operation, points, thorough=number % 4 == 0)
+                found = stage.kill(operation, points, thorough=turn % 4 == 0, patience=5)
             except Exception as error:
-                raise AssertionError(f"kill {done.total() + 1}, {operation} with {points}: {error!r}") from error
-            done.update((operation, name) for name in points)
-            if number % 25 == 0:
-                say(f"{done.total()} of {count} kills, {stage.worker.rounds} rounds of fio")
+                text = f"node {number}, after {done.total()} kills, {operation} with {points}: {error!r}"
+                say(text)  # the other nodes go on
+                raise AssertionError(text) from error
+            done.update((operation, name) for name in found)
+            if turn % 10 == 0:
+                say(f"node {number}: {done.total()} of {count} kills, {stage.worker.rounds} rounds of fio")
         return done, stage.worker.rounds
 
 

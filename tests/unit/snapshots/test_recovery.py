@@ -1,5 +1,7 @@
 """A lost or damaged database is made again from the sidecars; directories and rows are brought to agree."""
 
+import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -8,15 +10,17 @@ from pathlib import Path
 import pytest
 
 from snapshotter.config import Limits
-from snapshotter.errors import AlreadyExists, ConfigError, IntegrityError, NotFound
+from snapshotter.errors import AlreadyExists, ConfigError, IntegrityError, NotFound, PolicyDenied
 from snapshotter.snapshots import recovery
 from snapshotter.snapshots.model import Info, Kind
-from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict
+from snapshotter.snapshots.remote import ImageRecord, LayerRequest, LayerVerdict, NamedLayer
 from snapshotter.snapshots.snapshotter import Snapshotter
 from snapshotter.snapshots.store import Store
 
 pytestmark = [pytest.mark.allow_warnings, pytest.mark.root]
 REF = "containerd.io/snapshot.ref"
+IMAGE = "image-1@2 r m b"
+DIGESTS = [f"sha256:{digit * 64}" for digit in "123"]
 
 
 class Images:
@@ -29,6 +33,12 @@ class Images:
         if kind == "image":
             return LayerVerdict("image", ImageRecord("r", "m", "b", request.chain_id, False))
         return LayerVerdict("data" if kind == "data" else "ordinary")
+
+    async def recall(self, layer: NamedLayer) -> LayerVerdict:
+        if "evil" in layer.reference or layer.manifest is None:
+            raise PolicyDenied("not today")
+        record = ImageRecord(layer.reference, layer.manifest, layer.bootstrap, layer.chain_id, True)
+        return LayerVerdict("data" if "data" in layer.reference else "image", record)
 
     async def mount(self, attach_id: int, record: ImageRecord, target: Path) -> None: ...
 
@@ -67,7 +77,7 @@ async def node(tmp_path: Path) -> "Iterator[Node]":
     for parent, ref in (("", "data-1"), ("data-1@1", "image-1")):
         with pytest.raises(Exception, match="nothing to unpack"):
             await snapshots.prepare("p", "extract", parent, {REF: ref})
-    await snapshots.prepare("p", "active", "image-1@2", {"a": "b"})
+    await snapshots.prepare("p", "active", IMAGE, {"a": "b"})
     await snapshots.prepare("p", "base-key", "", {})
     await snapshots.commit("p", "base", "base-key", "", {"c": "d"})
     await snapshots.view("p", "view\0/..", "base", {})
@@ -135,7 +145,7 @@ async def test_a_directory_without_a_usable_sidecar_is_kept_for_people(node: Nod
     (node.root / "snapshots/3/fs/precious").write_text("")
     node.open()
     await node.restart()
-    assert node.infos().keys() == {"data-1@1", "image-1@2"}
+    assert node.infos().keys() == {"data-1@1", IMAGE}
     lost = sorted(name.rpartition("-")[0] for name in node.names() if name.startswith("lost-"))
     assert lost == ["lost-3", "lost-4", "lost-5"], "the view's parent is lost, so it is lost, too"
     assert len(list(node.root.glob("snapshots/lost-3-*/fs/precious"))) == 1
@@ -149,9 +159,7 @@ async def test_whoever_took_a_removed_name_wins(node: Node) -> None:
     (node.root / "snapshots/5").rename(node.root / "snapshots/3")
     node.open()
     await node.restart()
-    assert node.infos().keys() == {"data-1@1", "image-1@2", "base"}, (
-        "a sidecar in another's directory counts for nothing"
-    )
+    assert node.infos().keys() == {"data-1@1", IMAGE, "base"}, "a sidecar in another's directory counts for nothing"
 
 
 async def test_directories_without_a_row_are_destroyed(node: Node) -> None:
@@ -200,7 +208,7 @@ async def test_a_lost_ordinary_directory_is_an_error_until_removed(node: Node) -
     node.snapshots.update("p", "base", {"still": "there"}, ["labels"])
     for name in ("view\0/..", "base", "active"):
         node.snapshots.remove("p", name)
-    assert node.infos().keys() == {"data-1@1", "image-1@2"}
+    assert node.infos().keys() == {"data-1@1", IMAGE}
 
 
 async def test_a_database_that_is_locked_is_not_taken_for_damaged(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +237,7 @@ async def test_what_was_made_in_mode_open_is_not_run_in_mode_confidential(
     node.database.unlink()
     with pytest.raises(ConfigError, match="made in mode open"):
         reopen(only_verified=True)
-    for name in ("view\0/..", "base", "active", "image-1@2", "data-1@1"):
+    for name in ("view\0/..", "base", "active", IMAGE, "data-1@1"):
         node.store.delete("p", name)
     reopen(only_verified=True)
     with pytest.raises(AlreadyExists):
@@ -244,3 +252,125 @@ def test_a_missing_snapshot_is_not_found(node: Node) -> None:
     with pytest.raises(NotFound):
         node.snapshots.stat("other plugin", "base")
     assert node.snapshots.stat("p", "base").kind is Kind.COMMITTED
+
+
+# a log that is lost
+
+
+async def killed(node: Node, target: Path) -> Node:
+    """As it is found after a kill: with a log, which two more snapshots are in."""
+    await node.restart()
+    assert node.store.last_id == 6
+    for key in ("later", "last"):
+        await node.snapshots.prepare("p", key, "", {})
+    shutil.copytree(node.root, target)
+    found = Node.__new__(Node)
+    found.root, found.database = target, target / recovery.DATABASE
+    return found
+
+
+async def test_a_lost_log_does_not_make_garbage_of_what_was_in_it(node: Node, tmp_path: Path) -> None:
+    after = await killed(node, tmp_path / "after")
+    for log in after.root.glob("metadata.db-[ws]*"):
+        log.unlink()
+    after.open()
+    await after.restart()
+    assert after.infos() == node.infos()
+    assert {"7", "8"} <= after.names()
+
+
+async def test_a_log_cut_short_does_not_make_garbage_of_what_was_in_it(node: Node, tmp_path: Path) -> None:
+    node.store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    after = await killed(node, tmp_path / "after")
+    os.truncate(f"{after.database}-wal", 100)
+    after.open()
+    await after.restart()
+    assert after.infos() == node.infos()
+
+
+async def test_after_a_kill_or_a_stop_the_database_counts(node: Node, tmp_path: Path) -> None:
+    after = await killed(node, tmp_path / "after")
+    after.open()
+    await after.restart()
+    after.store.close()
+    after.open()
+    assert after.infos() == node.infos()
+    assert not list(after.root.glob("*.damaged-*"))
+
+
+# records that cannot be read
+
+
+def damage_record(node: Node) -> None:
+    node.store._db.execute("UPDATE image SET record = '{' WHERE id = 2")
+
+
+async def test_a_record_that_cannot_be_read_comes_from_the_sidecar(node: Node) -> None:
+    before = node.snapshots.images()
+    damage_record(node)
+    await node.restart()
+    assert node.snapshots.images() == before
+
+
+async def test_a_record_that_nobody_has_costs_one_image(node: Node) -> None:
+    for layer, parent in (("data-3", ""), ("image-3", "data-3@7")):
+        with pytest.raises(AlreadyExists):
+            await node.snapshots.prepare("p", "extract", parent, {REF: layer})
+    damage_record(node)
+    (node.root / "snapshots/2/snapshot.json").write_text("{")
+    await node.restart()
+    assert node.snapshots.images().keys() == {8}
+    await node.snapshots.prepare("p", "works", "image-3@8 r m b", {})
+    with pytest.raises(IntegrityError) as error:
+        await node.snapshots.prepare("p", "does not", IMAGE, {})
+    assert error.value.reason == "lost"
+    for name in ("active", IMAGE):
+        node.snapshots.remove("p", name)
+    await node.restart()
+    assert "2" not in node.names()
+
+
+# names that outlive us
+
+
+def lost(kind: str, number: int = 17) -> str:
+    return f"{DIGESTS[0]}@{number} registry/{kind}:1 {DIGESTS[1]} {DIGESTS[2]}"
+
+
+async def test_a_lost_image_is_made_again_from_its_name(node: Node) -> None:
+    seen = node.snapshots.stat("p", lost("image"))
+    assert (seen.kind, seen.labels) == (Kind.COMMITTED, {REF: DIGESTS[0]})
+    assert lost("image") not in node.infos(), "so far it is a claim"
+    await node.snapshots.prepare("p", "container", lost("image"), {})
+    await node.snapshots.view("p", "look", lost("image", 18), {})
+    await node.snapshots.view("p", "look again", lost("image", 18), {})
+    await node.snapshots.view("other", "look", lost("image"), {})
+    assert {lost("image"), lost("image", 18)} <= node.infos().keys()
+    assert ImageRecord("registry/image:1", DIGESTS[1], DIGESTS[2], DIGESTS[0], True) in node.snapshots.images().values()
+    for name in ("container", "look", "look again", lost("image", 18), lost("image")):
+        node.snapshots.remove("p", name)
+
+
+async def test_a_lost_image_that_may_not_run_is_refused(node: Node) -> None:
+    before = node.infos()
+    for name in (lost("evil"), lost("image").replace(DIGESTS[1], "-")):
+        with pytest.raises(PolicyDenied):
+            await node.snapshots.prepare("p", "container", name, {})
+    assert node.infos() == before
+
+
+async def test_layers_are_made_again_below_new_ones(node: Node) -> None:
+    with pytest.raises(AlreadyExists):
+        await node.snapshots.prepare("p", "extract", lost("data"), {REF: "image-4"})
+    added = [info for name, info in node.infos().items() if name.startswith("image-4@")]
+    assert [info.parent for info in added] == [lost("data")]
+
+
+@pytest.mark.parametrize(
+    "name", ["sha256:1@17", lost("image")[:-1], f"{lost('image')} ", lost("two words"), "ns/1/key"]
+)
+async def test_other_names_stay_lost(node: Node, name: str) -> None:
+    with pytest.raises(NotFound):
+        node.snapshots.stat("p", name)
+    with pytest.raises(NotFound):
+        await node.snapshots.prepare("p", "container", name, {})

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING
 from snapshotter.errors import InvalidArgument, MalformedImage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from snapshotter.build.convert import Summary
     from snapshotter.build.options import Options
     from snapshotter.config import Config
     from snapshotter.crypto.secret import SecretBytes
+    from snapshotter.keys.resource import ResourceUri
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_LOCATION = "docker://host[:port]/repository[:tag|@digest] or oci:DIR[:tag]"
+LOCATION = "docker://host[:port]/repository[:tag|@digest] or oci:DIR[:tag]"
 _CONVERT = f"""\
 Read the image SRC and write it to DST in the lazy format: sealed for the holders of keys (--recipient), or as a plain
-Nydus image that everybody can read (--plain). SRC and DST are {_LOCATION}.
+Nydus image that everybody can read (--plain). SRC and DST are {LOCATION}.
 The last line of the output is DST@sha256:… of the new manifest."""
 
 
@@ -32,7 +35,7 @@ def register(commands: "Commands") -> None:
         description="Show manifest, layers and, with a key, what is inside. Chunks are named by their ids; digests and "
         "keys of chunks are never shown.",
     )
-    inspect.add_argument("image", metavar="REF", help=_LOCATION)
+    inspect.add_argument("image", metavar="REF", help=LOCATION)
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.add_argument("--tree", action="store_true", help="list the files")
     _common(inspect, keys=True)
@@ -43,7 +46,7 @@ def register(commands: "Commands") -> None:
         description="Read the whole image and verify it as a node would: digests, key, authentication, tables and "
         "every chunk. Exits with 0 only if all of it is right.",
     )
-    check.add_argument("image", metavar="REF", help=_LOCATION)
+    check.add_argument("image", metavar="REF", help=LOCATION)
     _common(check, keys=True)
     check.set_defaults(run=run_check)
 
@@ -91,6 +94,12 @@ def _register_convert(commands: "Commands") -> None:
     )
     add("--trace", type=Path, metavar="FILE", help="paths in order of first use, one a line: they are stored in front")
     add("--repository", metavar="HOST/REPO", default="", help="where the image will be pulled from, if not DST")
+    add_sign_key(add)
+    _common(convert)
+    convert.set_defaults(run=run_convert)
+
+
+def add_sign_key(add: "Callable[..., object]") -> None:
     add(
         "--sign-key",
         action="append",
@@ -99,8 +108,6 @@ def _register_convert(commands: "Commands") -> None:
         metavar="PRIV.pem",
         help="sign the result with this private key, as cosign does; may be repeated",
     )
-    _common(convert)
-    convert.set_defaults(run=run_convert)
 
 
 def _common(command: argparse.ArgumentParser, *, keys: bool = False) -> None:
@@ -140,16 +147,12 @@ def _options(arguments: argparse.Namespace, config: "Config") -> "Options":
     from snapshotter.build.chunker import Codec
     from snapshotter.build.options import Options, load_recipient
     from snapshotter.config import Size
-    from snapshotter.registry.reference import Reference
 
     try:
         chunk_size = Size.parse(arguments.chunk_size)
     except ValueError as error:
         raise InvalidArgument(f"--chunk-size: {error}") from error
     epoch = _source_date_epoch()
-    repository = Reference.parse(arguments.repository) if arguments.repository else None
-    if repository and (repository.tag or repository.digest):
-        raise InvalidArgument(f"--repository {arguments.repository!r}: write HOST/REPO, without tag and digest")
     return Options(
         recipients=tuple(load_recipient(text) for text in arguments.recipient),
         plain=arguments.plain,
@@ -160,25 +163,33 @@ def _options(arguments: argparse.Namespace, config: "Config") -> "Options":
         platform=arguments.platform,
         hide_config=arguments.hide_config,
         trace=tuple(trace.load(arguments.trace)) if arguments.trace else (),
-        repository=str(repository or ""),
+        repository=repository_name(arguments),
         created=int(time.time()) if epoch is None else epoch,
         directory_mtime_ns=(epoch or 0) * 1_000_000_000,
     )
+
+
+def repository_name(arguments: argparse.Namespace) -> str:
+    """`--repository`, "" if not given. Raises InvalidArgument, BadReference."""
+    from snapshotter.registry.reference import Reference
+
+    if not arguments.repository:
+        return ""
+    repository = Reference.parse(arguments.repository)
+    if repository.tag or repository.digest:
+        raise InvalidArgument(f"--repository {arguments.repository!r}: write HOST/REPO, without tag and digest")
+    return str(repository)
 
 
 def _secret(arguments: argparse.Namespace, config: "Config") -> "SecretBytes":
     """S of the domain: random, public, from a file, or released by a key broker."""
     from snapshotter.build.options import convergence_secret
     from snapshotter.keys import configured
-    from snapshotter.keys.resource import ResourceUri
 
     text: str | None = arguments.convergence_secret
     if arguments.domain != "tenant" or text is None or not text.startswith("kbs:"):
         return convergence_secret(arguments.domain, Path(text) if text is not None else None, os.urandom(32))
-    try:
-        uri = ResourceUri.parse(text)
-    except MalformedImage as error:
-        raise InvalidArgument(f"--convergence-secret {text[:80]!r}: {error}") from None
+    uri = resource(text, "--convergence-secret")
 
     async def released() -> "SecretBytes":
         return await configured.resources(config.keys).get(uri)
@@ -187,6 +198,16 @@ def _secret(arguments: argparse.Namespace, config: "Config") -> "SecretBytes":
     if len(secret) != 32:
         raise InvalidArgument(f"--convergence-secret {uri}: {len(secret)} bytes instead of 32")
     return secret
+
+
+def resource(text: str, option: str) -> "ResourceUri":
+    """Raises InvalidArgument naming the option."""
+    from snapshotter.keys.resource import ResourceUri
+
+    try:
+        return ResourceUri.parse(text)
+    except MalformedImage as error:
+        raise InvalidArgument(f"{option} {text[:80]!r}: {error}") from None
 
 
 def _source_date_epoch() -> int | None:

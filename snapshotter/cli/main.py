@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapshotter import __version__
-from snapshotter.cli import audit, completion, explain, housekeeping, image, kbs, materialize, node
+from snapshotter.cli import audit, completion, explain, housekeeping, image, kbs, materialize, node, recipients
 from snapshotter.cli.doctor import command as doctor
 from snapshotter.errors import SnapshotterError
 
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     explain.register(commands)
     materialize.register(commands)
     image.register(commands)
+    recipients.register(commands)
     kbs.register(commands)
     audit.register(commands)
     completion.register(commands)

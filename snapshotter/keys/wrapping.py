@@ -14,7 +14,8 @@ from snapshotter.errors import MalformedImage
 from snapshotter.keys import annotations as enc
 from snapshotter.keys import packet
 
-PKCS7: Final = "PKCS7"
+JWE: Final = "jwe"  # as a scheme
+PKCS7: Final = "PKCS7"  # as a cipher
 _PACKET_BYTES = 256 << 10
 
 
@@ -53,8 +54,8 @@ def recipient(scheme: str, raw: bytes) -> str:
 
 
 def _details(scheme: str, raw: bytes) -> tuple[frozenset[str], str]:
-    if scheme == "jwe":
-        return _jwe_ciphers(raw), ""
+    if scheme == JWE:
+        return frozenset(jwe_ciphers(raw)), ""
     if scheme == "pkcs7":
         return frozenset((PKCS7,)), ""
     if labels.ENC_KEYS_PREFIX + scheme == packet.ANNOTATION:
@@ -63,8 +64,8 @@ def _details(scheme: str, raw: bytes) -> tuple[frozenset[str], str]:
     return frozenset((scheme,)), ""
 
 
-def _jwe_ciphers(raw: bytes) -> frozenset[str]:
-    """The `alg` of every recipient: of the protected header, or of its own."""
+def jwe_ciphers(raw: bytes) -> list[str]:
+    """The `alg` of every recipient, in order: of the protected header, or of its own. Raises as `describe`."""
     value = encoding.json_object(raw, "jwe packet", _PACKET_BYTES)
     protected = encoding.b64url_decode(
         encoding.string(value, "protected", "jwe packet"), "jwe packet: protected header"
@@ -76,4 +77,4 @@ def _jwe_ciphers(raw: bytes) -> frozenset[str]:
     headers = [entry.get("header", {}) for entry in entries]
     if not all(isinstance(header, dict) for header in headers):
         raise MalformedImage("jwe packet: a header is not an object")
-    return frozenset(str((shared | header).get("alg", "")) for header in headers)
+    return [str((shared | header).get("alg", "")) for header in headers]

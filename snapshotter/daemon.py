@@ -21,6 +21,7 @@ from pathlib import Path
 import structlog
 
 from snapshotter import __version__, config, control, failpoints, memory
+from snapshotter.credentials.remembered import RememberedLogins
 from snapshotter.errors import SnapshotterError
 from snapshotter.image.initdata import with_initdata
 from snapshotter.log import bind_request, configure
@@ -89,6 +90,9 @@ class Daemon:
         )
         self._overview = Overview(store, self._mounted)
         self._server = Server(self._snapshotter, root)
+        self._remembered = RememberedLogins()
+        if "logins" in held:
+            self._remembered.take(held["logins"])
         self._control = control.AsyncServer(control.listen(root / "snapshotd.sock"), self._handle)
 
     @contextlib.asynccontextmanager
@@ -108,12 +112,29 @@ class Daemon:
     async def _images(self) -> AsyncIterator[None]:
         """Calls that need images wait for this."""
         pullpath = await asyncio.to_thread(importlib.import_module, "snapshotter.snapshots.pullpath")
-        async with pullpath.open_images(self._settings, self._data_plane, self._mounter, self._trail) as images:
+        async with pullpath.open_images(
+            self._settings, self._data_plane, self._mounter, self._trail, self._remembered
+        ) as images:
             await self._reconcile()
             self._later.images.set_result(images)
             self._control.start()
-            async with self._monitored():
+            async with self._monitored(), self._image_service():
                 yield
+
+    @contextlib.asynccontextmanager
+    async def _image_service(self) -> AsyncIterator[None]:
+        """The kubelet's way to containerd, if there is to be one."""
+        settings = self._settings.registry.image_service
+        if not settings.listen:
+            yield
+            return
+        module = await asyncio.to_thread(importlib.import_module, "snapshotter.service.image_service")
+        service = module.ImageService(settings, self._settings.limits, self._remembered, self._data_plane)
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop(0)
 
     @contextlib.asynccontextmanager
     async def _monitored(self) -> AsyncIterator[None]:
@@ -211,7 +232,7 @@ async def serve(settings: config.Config) -> int:
     """Serve until SIGTERM; the exit status."""
     keeper = Path(settings.root) / "keeper.sock"
     held, _ = await asyncio.to_thread(control.fetch_all, keeper, {"op": "list"})
-    for name in held.keys() - {"listen-grpc", "fuse-root"}:  # keys are in there: they are blobd's
+    for name in held.keys() - {"listen-grpc", "fuse-root", "logins"}:  # keys are in there: they are blobd's
         os.close(held.pop(name))
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

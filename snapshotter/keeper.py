@@ -28,7 +28,7 @@ from snapshotter.watchdog import Watchdog
 from snapshotter.workers import Trial, Worker, log
 
 MODULES = {"blobd": "snapshotter.ondemand.blobd", "snapshotd": "snapshotter.daemon"}
-IMAGE = re.compile(r"image-[0-9]{1,13}")
+HELD = re.compile(r"image-[0-9]{1,13}|logins")
 STOP = (signal.SIGTERM, signal.SIGINT)
 # Environment of the re-executed keeper, JSON: the store and the lock {name: fd}, living workers {name: [pid, pidfd]}.
 HANDOVER, HANDED_WORKERS = "COCO_KEEPER_HANDOVER", "COCO_KEEPER_WORKERS"
@@ -138,7 +138,7 @@ class Keeper:
             failpoints.hit("keeper.lists")
             yield from [({"name": held}, [fd]) for held, fd in self.store.items()]
             yield {"end": True}, ()
-        elif IMAGE.fullmatch(name) and (op, len(fds)) in (("put", 1), ("drop", 0)):
+        elif HELD.fullmatch(name) and (op, len(fds)) in (("put", 1), ("drop", 0)):
             failpoints.hit("keeper.puts" if op == "put" else "keeper.drops")
             control.close_all([self.store.pop(name)] if name in self.store else [])
             self.store |= {name: fds.pop()} if op == "put" else {}

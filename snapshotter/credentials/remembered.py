@@ -9,11 +9,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import msgspec
+import structlog
 
 from snapshotter.credentials.login import Login
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import MalformedImage
 from snapshotter.files import seal_memfd
+
+log = structlog.get_logger(__name__)
 
 _MOST_REPOSITORIES = 1024
 _MOST_LOGINS = 4  # of one repository
@@ -71,3 +74,12 @@ class RememberedLogins:
         self._logins.clear()
         for entry in entries:
             self.add(entry.host, entry.repository, Login(entry.username, SecretBytes(entry.secret)))
+
+    def take(self, fd: int) -> None:
+        """`load` and close `fd`. What another version has packed may be unreadable, which costs the next pull only."""
+        try:
+            self.load(fd)
+        except MalformedImage as error:
+            log.warning("logins of pulls are forgotten", error=str(error))
+        finally:
+            os.close(fd)

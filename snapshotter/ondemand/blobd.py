@@ -28,6 +28,7 @@ from snapshotter.blobs.chunks import Counters, ImageCounters
 from snapshotter.blobs.fetcher import Fetcher
 from snapshotter.blobs.reader import ChunkReader, DecodedChunks
 from snapshotter.blobs.source import RangeSource, RegistryRanges
+from snapshotter.credentials.remembered import RememberedLogins
 from snapshotter.errors import FailedPrecondition, InvalidArgument, SnapshotterError
 from snapshotter.log import bind_request, configure
 from snapshotter.ondemand.attachment import Attachment
@@ -41,6 +42,7 @@ from snapshotter.registry.reference import Reference
 log = structlog.get_logger(__name__)
 
 _SESSION = ("fuse", "fuse-root", "session", "listen-blobd")
+_LOGINS = "logins"
 _LOCK_SECONDS = 5.0
 _RELIEVE_SECONDS = 5.0  # what others can write before the cache gives way; they have `min_free` until then
 _DETACH_SECONDS = 5.0  # the kernel closes an image's files a moment after its last unmount
@@ -50,11 +52,14 @@ _SWITCH_SECONDS = 0.0005  # a thread with a reply must not wait 5 ms for another
 class Blobd:
     """The process, apart from its signals. Create and use on the running loop."""
 
-    def __init__(self, settings: config.Config, source: RangeSource, fds: dict[str, int]) -> None:
+    def __init__(
+        self, settings: config.Config, source: RangeSource, remembered: RememberedLogins, fds: dict[str, int]
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.ended = asyncio.Event()
         self.keepers = 0  # that have come after the one we were started by
         self._fds = fds
+        self._remembered = remembered
         self._counters = Counters()
         cpus = len(os.sched_getaffinity(0))
         executor = ThreadPoolExecutor(cpus, thread_name_prefix="decode")
@@ -85,6 +90,8 @@ class Blobd:
 
     def start(self) -> None:
         """Attach what the keeper holds, take over from the worker before, serve."""
+        if _LOGINS in self._fds:
+            self._remembered.take(os.dup(self._fds[_LOGINS]))
         for name, fd in list(self._fds.items()):
             if name.startswith("image-"):
                 try:
@@ -125,6 +132,11 @@ class Blobd:
             return self._cached()
         if op == "prune":
             return await self._prune(message), ()
+        if op == "logins" and len(fds) == 1:
+            self._remembered.load(fds[0])
+            control.close_all([self._fds.pop(_LOGINS)] if _LOGINS in self._fds else [])
+            self._fds[_LOGINS] = fds.pop()
+            return {}, ()
         image_id = message.get("id")
         if type(image_id) is not int or op not in ("attach", "detach"):
             raise InvalidArgument(f"no such request: {str(op)[:40]}")
@@ -205,6 +217,7 @@ class Blobd:
 
     async def _dump(self) -> AsyncIterator[control.Reply]:
         held = {name: self._fds[name] for name in _SESSION}
+        held |= {_LOGINS: self._fds[_LOGINS]} if _LOGINS in self._fds else {}
         held |= {f"image-{image.attachment.image_id}": image.attachment.fd for image in self._devices.images()}
         for name, fd in held.items():
             failpoints.hit("blobd.dumps")
@@ -221,8 +234,9 @@ async def serve(settings: config.Config, held: dict[str, int]) -> int:
     # Each image bounds its own connections (fetch.parallel); a bound on all of them would let one frozen repository
     # of a host use up those of the others.
     registry = msgspec.structs.replace(settings.registry, connections=0)
-    source = await RegistryRanges(registry, settings.limits).__aenter__()
-    blobd = Blobd(settings, source, fds)
+    remembered = RememberedLogins()
+    source = await RegistryRanges(registry, settings.limits, remembered=remembered).__aenter__()
+    blobd = Blobd(settings, source, remembered, fds)
     stop = _Stop(blobd)
     blobd.start()
     log.info("blobd serves", pid=os.getpid(), version=__version__)
@@ -297,7 +311,7 @@ def _from_keeper(path: Path, patience: float) -> dict[str, int]:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.05)
-    for name in [name for name in found if name not in _SESSION and not name.startswith("image-")]:
+    for name in [name for name in found if name not in (*_SESSION, _LOGINS) and not name.startswith("image-")]:
         os.close(found.pop(name))
     if missing := set(_SESSION) - found.keys():
         raise OSError(f"the keeper does not hold {', '.join(sorted(missing))}")

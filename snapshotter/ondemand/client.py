@@ -32,6 +32,10 @@ class BlobdClient:
         """Forget an image; unknown ones are no error. Raises FailedPrecondition while it is in use."""
         await self._call({"op": "detach", "id": attach_id})
 
+    async def logins(self, memfd: int) -> None:
+        """Use the logins in `memfd` (credentials/remembered), which stays the caller's. Raises Unavailable."""
+        await self._call({"op": "logins"}, memfd)
+
     async def status(self) -> dict[str, Any]:
         """pid, images [{id, bootstrap, manifest, devices, open}], parked, cache {bytes, entries}, counters."""
         return await self._call({"op": "status"})

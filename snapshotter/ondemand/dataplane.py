@@ -37,6 +37,11 @@ class DataPlane:
     async def _put(self, attach_id: int, memfd: int) -> None:
         await self._ask_keeper({"op": "put", "name": f"image-{attach_id}"}, memfd)
 
+    async def share_logins(self, memfd: int) -> None:
+        """Logins that blobd, and successors of this process and of blobd, are to know. Raises Unavailable."""
+        await self._ask_keeper({"op": "put", "name": "logins"}, memfd)
+        await self._blobd.logins(memfd)
+
     async def _ask_keeper(self, message: control.Message, *fds: int) -> None:
         try:
             _, received = await asyncio.to_thread(control.request, self._keeper, message, fds)

@@ -6,20 +6,19 @@ redirect targets carry signatures there.
 """
 
 import asyncio
-import base64
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from typing import Self, TypeAlias, TypeVar
-from urllib.request import getproxies_environment, proxy_bypass_environment  # type: ignore[attr-defined]
 
 import aiohttp
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from snapshotter.config import Registry
-from snapshotter.errors import ConfigError, RegistryUnavailable
+from snapshotter.errors import RegistryUnavailable
 from snapshotter.registry.endpoint import Endpoint
+from snapshotter.registry.proxies import proxy_for
 from snapshotter.registry.retry import Clock, Transient
 from snapshotter.registry.tls import TlsContexts
 
@@ -138,7 +137,7 @@ class Wire:
         if self._session is None:
             raise RuntimeError("registry client is used outside its context")
         what = f"{method} {url.scheme}://{(url.raw_host or '')[:100]}"
-        proxy, proxy_headers = _proxy_for(url)
+        proxy, proxy_headers = proxy_for(url)
         request = self._session.request(
             method,
             url,
@@ -202,20 +201,3 @@ def _reason(error: BaseException | None) -> str:
         "ClientPayloadError": "body cut short",
         "ClientResponseError": "not HTTP",
     }.get(type(error).__name__, type(error).__name__)
-
-
-def _proxy_for(url: URL) -> tuple[URL | None, dict[str, str]]:
-    """HTTP(S)_PROXY and NO_PROXY of the environment, and headers for it; loopback is never reached through a proxy."""
-    host = url.host or ""
-    if host in ("localhost", "::1") or host.startswith("127."):
-        return None, {}
-    proxies = getproxies_environment()
-    text = proxies.get(url.scheme)
-    if not text or proxy_bypass_environment(host, proxies):
-        return None, {}
-    try:
-        proxy = URL(text)
-        login = base64.b64encode(f"{proxy.user}:{proxy.password or ''}".encode()).decode()
-        return proxy.with_user(None), {"Proxy-Authorization": f"Basic {login}"} if proxy.user else {}
-    except ValueError:
-        raise ConfigError(f"environment: {url.scheme}_proxy is not a URL") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from snapshotter.bootstrap.loader import Loader
 from snapshotter.config import Config
+from snapshotter.credentials.remembered import RememberedLogins
 from snapshotter.image.documents import DocumentCache
 from snapshotter.image.origin import ConfiguredTrust, Origin
 from snapshotter.image.policy import ImagePolicy
@@ -24,9 +25,12 @@ from snapshotter.snapshots.wholelayers import WholeLayers
 
 @contextlib.asynccontextmanager
 async def open_images(
-    settings: Config, attachments: Attachments, mounter: Mounter, trail: Trail
+    settings: Config, attachments: Attachments, mounter: Mounter, trail: Trail, remembered: RememberedLogins
 ) -> AsyncIterator[Images]:
-    """The images of this node, with connections to registries and key brokers. Raises ConfigError."""
+    """The images of this node, with connections to registries and key brokers. Raises ConfigError.
+
+    `remembered`: logins that come with pulls.
+    """
     policy = ImagePolicy.of(settings.mode, settings.policy)
     cache, limits = Path(settings.cache_dir), settings.limits
     with contextlib.closing(AuditLog(Path(settings.root))) as audit:
@@ -35,7 +39,7 @@ async def open_images(
             return AuditedKeys(name, WatchedKeys(name, keys, trail), audit, trail.subject)
 
         provider = configured.provider(settings.keys, watch)
-        async with RegistryClient(settings.registry, limits) as registry:
+        async with RegistryClient(settings.registry, limits, remembered=remembered) as registry:
             source = WatchedSource(registry, trail)
             documents = DocumentCache(source, cache / "documents", limits)
             loader = Loader(source, provider, cache, limits, must_be_sealed=policy.must_be_sealed)

@@ -5,6 +5,7 @@ Messages are compiled from `proto/cri.proto` when first used; they are few and e
 
 import functools
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,13 @@ class Cri:
     def version(self) -> str:
         return str(self._call("RuntimeService", "Version", 10).runtime_version)
 
-    def pull(self, reference: str, timeout: float = 300) -> str:
+    def pull(self, reference: str, timeout: float = 300, auth: Mapping[str, str] | None = None) -> str:
         """Pull an image as kubelet would; returns its id."""
-        return str(self._call("ImageService", "PullImage", timeout, image={"image": reference}).image_ref)
+        return str(
+            self._call(
+                "ImageService", "PullImage", timeout, image={"image": reference}, **({"auth": auth} if auth else {})
+            ).image_ref
+        )
 
     def status(self, reference: str) -> Any | None:
         """The image (id, repo_tags, repo_digests, size), or None when it is not there."""

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,16 +57,19 @@ class Traffic(list[Request]):
 class Registry:
     """docker-registry on loopback with its storage in the run's directory. `address` is host:port."""
 
-    def __init__(self, work: Work, name: str = "registry") -> None:
+    def __init__(self, work: Work, name: str = "registry", *, htpasswd: str = "") -> None:
+        """`htpasswd`: lines of user and bcrypt hash; "" = everybody may do everything."""
         self.address = f"127.0.0.1:{free_port()}"
-        self._storage = work.directory(f"{name}-storage")
+        self.storage = work.directory(f"{name}-storage")
         config = work.path / f"{name}.yml"
         config.write_text(
             "version: 0.1\n"
             "log: {level: warn, accesslog: {disabled: false}}\n"
-            f"storage: {{filesystem: {{rootdirectory: {self._storage}}}, delete: {{enabled: true}}}}\n"
+            f"storage: {{filesystem: {{rootdirectory: {self.storage}}}, delete: {{enabled: true}}}}\n"
             f"http: {{addr: {self.address}}}\n"
+            + (f"auth: {{htpasswd: {{realm: here, path: {work.path}/{name}.htpasswd}}}}\n" if htpasswd else "")
         )
+        (work.path / f"{name}.htpasswd").write_text(htpasswd)
         self.process = Process(work, name, ["docker-registry", "serve", config])
         self.process.wait_until(self._answers, "it answers /v2/")
 
@@ -73,6 +77,9 @@ class Registry:
         try:
             with urllib.request.urlopen(f"http://{self.address}/v2/", timeout=2) as answer:
                 return bool(answer.status == 200)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code == 401
         except OSError:
             return False
 
@@ -149,7 +156,7 @@ class Registry:
     def stored(self, digest: str) -> Path:
         """The file that holds a blob or manifest."""
         name = digest.removeprefix("sha256:")
-        return self._storage / f"docker/registry/v2/blobs/sha256/{name[:2]}/{name}/data"
+        return self.storage / f"docker/registry/v2/blobs/sha256/{name[:2]}/{name}/data"
 
     @contextmanager
     def tampered(self, digest: str, change: Callable[[bytes], bytes]) -> Iterator[None]:

@@ -11,6 +11,7 @@ from snapshotter.credentials.executable import Executables
 from snapshotter.credentials.matching import key_matches, matches
 from snapshotter.credentials.providers import CredentialProviders
 from snapshotter.errors import ConfigError, Unavailable
+from tests.harness.logs import everything
 
 API = "credentialprovider.kubelet.k8s.io/v1"
 
@@ -122,7 +123,7 @@ async def test_a_provider_that_fails_is_unavailable_and_not_quoted(
         (cloud.directory / "answer").write_text(answer)
     with pytest.raises(Unavailable, match="cloud-provider") as caught:
         await secrets(cloud.open(), "1.ecr.example")
-    assert "hunter2" not in f"{caught.value!r} {caplog.text}"
+    assert "hunter2" not in f"{caught.value!r} {everything(caplog.records)}"
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,13 @@ async def test_a_packed_set_is_the_same_elsewhere() -> None:
     assert await words(other, "gone") == []
 
 
+@pytest.mark.allow_warnings
 def test_what_was_not_packed_is_refused() -> None:
     for content in (b"", b"\x91\x92", secrets.token_bytes(100)):
         fd = os.memfd_create("x")
         os.write(fd, content)
         with pytest.raises(MalformedImage):
             RememberedLogins().load(fd)
-        os.close(fd)
+        RememberedLogins().take(fd)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.close(fd)

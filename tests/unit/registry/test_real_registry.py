@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 
@@ -17,8 +16,7 @@ from snapshotter.image.manifest import Descriptor, Manifest, encode, fetch_image
 from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.reference import Reference, parse_location
 from snapshotter.registry.transport import open_location
-from tests.harness.machine import Work, free_port
-from tests.harness.process import Process
+from tests.harness.machine import Work
 from tests.harness.registry import Registry as RealRegistry
 from tests.harness.sim_registry import docker_config
 
@@ -91,23 +89,8 @@ async def test_a_large_blob_streams_both_ways_in_little_memory(work: Work) -> No
     assert grown_kib < 48 << 10
 
 
-def registry_with_password(work: Work) -> tuple[str, Process]:
-    """docker-registry behind htpasswd: user `user`, password `hunter2`."""
-    address = f"127.0.0.1:{free_port()}"
-    (work.path / "htpasswd").write_text(HTPASSWD)
-    (work.path / "secret.yml").write_text(
-        "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
-        f"storage: {{filesystem: {{rootdirectory: {work.directory('secret-storage')}}}}}\n"
-        f"http: {{addr: {address}}}\n"
-        f"auth: {{htpasswd: {{realm: here, path: {work.path / 'htpasswd'}}}}}\n"
-    )
-    process = Process(work, "secret", ["docker-registry", "serve", work.path / "secret.yml"])
-    return address, process
-
-
 async def test_a_password_opens_a_real_registry(work: Work) -> None:
-    address, process = registry_with_password(work)
-    process.wait_until(lambda: _listens(address), "it accepts")
+    address = RealRegistry(work, htpasswd=HTPASSWD).address
     reference = Reference.parse(f"{address}/team/app:1")
     login = work.path / "config.json"
     login.write_text(docker_config(address, "user", "hunter2"))
@@ -119,12 +102,3 @@ async def test_a_password_opens_a_real_registry(work: Work) -> None:
         async with RegistryClient(config, Limits()) as client:
             with pytest.raises(RegistryDenied):
                 await client.read_range(reference, DIGEST, 5, 10, len(CONTENT))
-
-
-def _listens(address: str) -> bool:
-    host, _, port = address.partition(":")
-    try:
-        socket.create_connection((host, int(port)), 1).close()
-    except OSError:
-        return False
-    return True

@@ -154,7 +154,7 @@ def bind(path: str | Path, kind: int) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
-        _remove_stale(str(path), kind)
+        remove_stale(str(path), kind)
         before = os.umask(0o177)
         try:
             sock.bind(str(path))
@@ -168,7 +168,8 @@ def bind(path: str | Path, kind: int) -> socket.socket:
     return sock
 
 
-def _remove_stale(path: str, kind: int) -> None:
+def remove_stale(path: str, kind: int) -> None:
+    """Unlink a socket on which nobody listens. Raises OSError(EADDRINUSE) if somebody does, or if it is no socket."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise OSError(errno.EADDRINUSE, "exists and is no socket", path)

@@ -179,7 +179,7 @@ class BlobServer:
         self._thread.start()
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        match = _PATH.fullmatch(handler.path)
+        match = _PATH.fullmatch(handler.path.partition("?")[0])  # a mirror is told the registry's name
         assert match
         repository, digest = match.groups()
         blob = self.blobs[digest]

@@ -20,6 +20,7 @@ from snapshotter.blobs.chunks import Chunk, ChunkTable, ImageCounters
 from snapshotter.blobs.source import RangeSource
 from snapshotter.config import Fetch
 from snapshotter.errors import IntegrityError, RegistryUnavailable, SnapshotterError
+from snapshotter.registry.endpoint import Endpoint
 from snapshotter.registry.reference import Reference
 
 log = structlog.get_logger(__name__)
@@ -134,23 +135,32 @@ class Fetcher:
                 flight.waiters -= 1
         return [found[index] for index in indices]
 
-    async def refetch(self, table: ChunkTable, index: int) -> bytes:
-        """This one chunk from the registry, because what came before was bad. Not cached: this may be, too."""
+    async def refetch(self, table: ChunkTable, index: int) -> AsyncGenerator[bytes, None]:
+        """This one chunk from each host in turn, because what came before was bad. Not cached: this may be, too.
+
+        Whoever asks for another copy says by this that the last one was bad as well. Raises what the last host raises.
+        """
         flight = self._flights.get((table.node, index))
         if flight is not None:
             flight.landed.pop(index, None)  # or it would be cached now
             if flight.keeping:
                 await flight.ended.wait()
-        chunk = table.chunk(index)
+        hosts = self._source.hosts(self._reference, table.digest)
+        for host in hosts:
+            try:
+                yield await self._refetch(table, table.chunk(index), host)
+                if len(hosts) > 1:
+                    self._source.distrust(self._reference, table.digest, host)
+            except SnapshotterError:
+                if host is hosts[-1]:
+                    raise
+
+    async def _refetch(self, table: ChunkTable, chunk: Chunk, host: Endpoint) -> bytes:
         self._counters.add("retries")
-        async with self._parallel, aclosing(self._stream_chunks(table, [chunk])) as chunks:
+        async with self._parallel, aclosing(self._stream_chunks(table, [chunk], host=host)) as chunks:
             async for _, stored in chunks:
                 return bytes(stored)
         raise AssertionError("a stream without its chunk ends in an error")
-
-    def distrust(self, table: ChunkTable) -> int:
-        """What came for this blob is wrong: other hosts are asked first now. How many can be asked in all."""
-        return self._source.distrust(self._reference, table.digest)
 
     def warm_up(self, table: ChunkTable) -> None:
         """Fetch a blob's first chunk: names are resolved and tokens granted before somebody waits for it."""
@@ -275,12 +285,12 @@ class Fetcher:
             total -= len(self._ahead.popitem(last=False)[1])
 
     async def _stream_chunks(
-        self, table: ChunkTable, chunks: Sequence[Chunk], flight: _Flight | None = None
+        self, table: ChunkTable, chunks: Sequence[Chunk], flight: _Flight | None = None, host: Endpoint | None = None
     ) -> AsyncGenerator[tuple[int, memoryview], None]:
         """Adjacent chunks as they arrive. Raises IntegrityError for an answer of another length."""
         begin, outcome = time.monotonic(), "cancelled"
         try:
-            async with aclosing(self._pieces_of(table, chunks)) as stream:
+            async with aclosing(self._pieces_of(table, chunks, host)) as stream:
                 async for number, stored in stream:
                     outcome = "ok" if number == chunks[-1].number else outcome
                     yield number, stored
@@ -307,13 +317,13 @@ class Fetcher:
         )
 
     async def _pieces_of(
-        self, table: ChunkTable, chunks: Sequence[Chunk]
+        self, table: ChunkTable, chunks: Sequence[Chunk], host: Endpoint | None
     ) -> AsyncGenerator[tuple[int, memoryview], None]:
         self._counters.add("requests")
         start = chunks[0].stored_offset
         length = chunks[-1].stored_offset + chunks[-1].stored_size - start
         data, position, landed = memoryview(bytearray(length)), 0, 0
-        pieces = self._source.stream_range(self._reference, table.digest, start, length, table.size)
+        pieces = self._source.stream_range(self._reference, table.digest, start, length, table.size, host)
         async with aclosing(pieces):
             async for piece in pieces:
                 if position + len(piece) > length:

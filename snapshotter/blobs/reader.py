@@ -11,6 +11,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
+from functools import partial
 from typing import TypeAlias
 
 import structlog
@@ -163,19 +165,20 @@ class ChunkReader:
             return await self._decode(table, chunk, stored)
         except IntegrityError as error:
             self._failed(table, chunk, error)
-        for left in reversed(range(fetcher.distrust(table))):
-            again = await fetcher.refetch(table, chunk.number)
-            self._cache.drop(chunk.name)  # again: the first fetch may have stored the bad copy only now
-            try:
-                plain = await self._decode(table, chunk, again)
-                break
-            except IntegrityError as error:
-                self._failed(table, chunk, error)
-                fetcher.distrust(table)
-                if not left:
-                    raise
-        await self._run(lambda: self._cache.put(chunk.name, again))
-        return plain
+        last: IntegrityError | None = None
+        async with aclosing(fetcher.refetch(table, chunk.number)) as copies:
+            async for copy in copies:
+                self._cache.drop(chunk.name)  # again: the first fetch may have stored the bad copy only now
+                try:
+                    plain = await self._decode(table, chunk, copy)
+                except IntegrityError as error:
+                    self._failed(table, chunk, error)
+                    last = error
+                else:
+                    await self._run(partial(self._cache.put, chunk.name, copy))
+                    return plain
+        assert last is not None
+        raise last
 
     async def _decode(self, table: ChunkTable, chunk: Chunk, stored: Buffer) -> bytes:
         plain = await self._run(

@@ -27,7 +27,7 @@ from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters, ImageCounters
 from snapshotter.blobs.fetcher import Fetcher
 from snapshotter.blobs.reader import ChunkReader, DecodedChunks
-from snapshotter.blobs.source import RangeSource, RegistryRanges
+from snapshotter.blobs.source import RangeSource
 from snapshotter.credentials.remembered import RememberedLogins
 from snapshotter.errors import FailedPrecondition, InvalidArgument, SnapshotterError
 from snapshotter.log import bind_request, configure
@@ -37,6 +37,7 @@ from snapshotter.ondemand.inflight import SessionMemory
 from snapshotter.ondemand.inventory import inventory
 from snapshotter.ondemand.reports import Reports
 from snapshotter.ondemand.session import Session
+from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.reference import Reference
 
 log = structlog.get_logger(__name__)
@@ -235,7 +236,7 @@ async def serve(settings: config.Config, held: dict[str, int]) -> int:
     # of a host use up those of the others.
     registry = msgspec.structs.replace(settings.registry, connections=0)
     remembered = RememberedLogins()
-    source = await RegistryRanges(registry, settings.limits, remembered=remembered).__aenter__()
+    source = await RegistryClient(registry, settings.limits, remembered=remembered).__aenter__()
     blobd = Blobd(settings, source, remembered, fds)
     stop = _Stop(blobd)
     blobd.start()

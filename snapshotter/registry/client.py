@@ -146,12 +146,15 @@ class RegistryClient:
         """A whole blob in pieces. They are worth nothing before the end: DigestMismatch comes last."""
         span = self._span(digest, 0, size, size)
         hasher = hashlib.sha256()
-        async with aclosing(self._pieces(reference, digest, span, self._attempts(size), size)) as pieces:
+        hosts, attempts, served = self._pulling(reference), self._attempts(size), set[Endpoint]()
+        tour = self._tour(hosts, reference, digest, attempts)
+        async with aclosing(self._pieces(reference, digest, span, tour, attempts, size, served)) as pieces:
             async for piece in pieces:
                 hasher.update(piece)
                 yield piece
         if hasher.hexdigest() != digest.hex:
-            self.distrust(reference, digest)
+            for host in served if len(hosts) > 1 else ():
+                self.distrust(reference, digest, host)
             raise DigestMismatch(f"blob of {reference}: expected {digest}, got sha256:{hasher.hexdigest()}")
 
     async def read_range(self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int) -> bytes:
@@ -160,24 +163,53 @@ class RegistryClient:
         A registry that ignores Range is put up with as long as few bytes lie before `offset`
         (`ranges.MAX_DISCARD_BYTES`); else RegistryUnavailable, reason no-ranges.
         """
-        span = self._span(digest, offset, offset + length, blob_size)
-        source = self._pieces(reference, digest, span, self._attempts(), ranges.MAX_DISCARD_BYTES)
-        async with aclosing(source) as pieces:
+        async with aclosing(self.stream_range(reference, digest, offset, length, blob_size)) as pieces:
             return b"".join([piece async for piece in pieces])
 
-    def distrust(self, reference: Reference, digest: Digest) -> int:
-        """What came for this blob is wrong: other hosts are asked first now. Returns how many there are in all."""
+    async def stream_range(
+        self,
+        reference: Reference,
+        digest: Digest,
+        offset: int,
+        length: int,
+        blob_size: int,
+        host: Endpoint | None = None,
+    ) -> AsyncGenerator[bytes, None]:
+        """Like `read_range`, in pieces as they come; raises the same errors, possibly after some pieces.
+
+        `host`: only this one of `hosts` is asked, and not for long if there are others.
+        """
+        span = self._span(digest, offset, offset + length, blob_size)
         hosts = self._pulling(reference)
-        if len(hosts) > 1:
-            self._health.distrust(_key(reference, digest))
-        return max(1, len(hosts))
+        attempts, hurries = self._attempts(), False
+        if host is not None and len(hosts) > 1:
+            attempts, hosts, hurries = self._attempts(retries=0), [host], True
+        tour = self._tour(hosts, reference, digest, attempts, hurries=hurries)
+        pieces = self._pieces(reference, digest, span, tour, attempts, ranges.MAX_DISCARD_BYTES, set())
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+
+    def hosts(self, reference: Reference, digest: Digest) -> Sequence[Endpoint]:
+        """Who can be asked for a blob, in the order in which they should be."""
+        return self._health.order(self._pulling(reference), _key(reference, digest))
+
+    def distrust(self, reference: Reference, digest: Digest, host: Endpoint) -> None:
+        """What came from `host` for this blob is wrong: others are asked first now."""
+        self._health.distrust(host, _key(reference, digest))
 
     async def _pieces(
-        self, reference: Reference, digest: Digest, span: Span, attempts: Attempts, max_discard_bytes: int
+        self,
+        reference: Reference,
+        digest: Digest,
+        span: Span,
+        tour: Tour,
+        attempts: Attempts,
+        max_discard_bytes: int,
+        served: set[Endpoint],
     ) -> AsyncGenerator[bytes, None]:
-        """The bytes of `span`, over as many requests and hosts as it takes."""
+        """The bytes of `span`, over as many requests and hosts as it takes; these are put into `served`."""
         what = _blob_name(reference, digest)
-        tour = self._tour(self._pulling(reference), reference, digest, attempts)
         while span.start < span.stop:
             host = tour.host
             try:
@@ -198,7 +230,7 @@ class RegistryClient:
                     if answer.status == 200 and not span.is_whole:
                         self._note_without_ranges(host)
                     skip = ranges.check_answer(what, answer.status, answer.headers, span, max_discard_bytes)
-                    self._health.served(host, _key(reference, digest))
+                    served.add(host)
                     while span.start < span.stop:
                         piece = await answer.read()
                         if not piece:
@@ -284,14 +316,23 @@ class RegistryClient:
         if stored not in (None, digest):
             raise DigestMismatch(f"{what}: sent {digest}, registry stored {stored}")
 
-    def _attempts(self, size: int = 0) -> Attempts:
+    def _attempts(self, size: int = 0, retries: int | None = None) -> Attempts:
         seconds = self._config.total_timeout_seconds + size / _SLOWEST_BYTES_PER_SECOND
-        return Attempts(self._clock, self._config.retries, self._clock.monotonic() + seconds)
+        retries = self._config.retries if retries is None else retries
+        return Attempts(self._clock, retries, self._clock.monotonic() + seconds)
 
-    def _tour(self, hosts: Sequence[Endpoint], reference: Reference, target: str, attempts: Attempts) -> Tour:
+    def _tour(
+        self,
+        hosts: Sequence[Endpoint],
+        reference: Reference,
+        target: str,
+        attempts: Attempts,
+        *,
+        hurries: bool = False,
+    ) -> Tour:
         if not hosts:
             raise ConfigError(f"hosts_dir: no host of {reference.host} may be asked for this")
-        return Tour(hosts, _key(reference, target), self._health, attempts)
+        return Tour(hosts, _key(reference, target), self._health, attempts, hurries=hurries)
 
     def _pulling(self, reference: Reference) -> list[Endpoint]:
         return [host for host in self._hosts.of(reference) if host.pulls]

@@ -51,7 +51,6 @@ class Health:
         self._probe = probe
         self._resting: OrderedDict[URL, _Rest] = OrderedDict()
         self._worse: OrderedDict[tuple[URL, Hashable], float] = OrderedDict()  # until when
-        self._servers: OrderedDict[Hashable, set[URL]] = OrderedDict()  # whose bytes came for an object
 
     async def close(self) -> None:
         probes = [rest.probe for rest in self._resting.values() if rest.probe is not None]
@@ -102,17 +101,10 @@ class Health:
             rest.until = max(rest.until, now + max(rest.seconds, min(pause, _LONGEST_REST_SECONDS)))
             _trim(self._resting, _MOST_HOSTS)
 
-    def served(self, host: Endpoint, key: Hashable) -> None:
-        """Bytes of the object come from `host`."""
-        self._servers.setdefault(key, set()).add(host.url.origin())
-        self._servers.move_to_end(key)
-        _trim(self._servers, _MOST_OBJECTS)
-
-    def distrust(self, key: Hashable) -> None:
-        """Bytes that came for the object were wrong: ask others first."""
-        for origin in self._servers.pop(key, ()):
-            log.warning("host served wrong bytes", host=str(origin))
-            self._set_back(origin, key, _WRONG_SECONDS)
+    def distrust(self, host: Endpoint, key: Hashable) -> None:
+        """Bytes of the object that came from `host` are wrong: it is asked last for it."""
+        log.warning("host served wrong bytes", host=str(host.url.origin()))
+        self._set_back(host.url.origin(), key, _WRONG_SECONDS)
 
     def _set_back(self, origin: URL, key: Hashable, seconds: float) -> None:
         self._worse[origin, key] = self._clock.monotonic() + seconds
@@ -123,8 +115,12 @@ class Health:
 class Tour:
     """One operation's way through the hosts: ask `host`, and say `failed` for each that fails until one does not."""
 
-    def __init__(self, hosts: Sequence[Endpoint], key: Hashable, health: Health, attempts: Attempts) -> None:
+    def __init__(
+        self, hosts: Sequence[Endpoint], key: Hashable, health: Health, attempts: Attempts, *, hurries: bool = False
+    ) -> None:
+        """`hurries`: the caller will ask others, should all of `hosts` fail."""
         self._hosts = hosts
+        self._hurries = hurries
         self._key = key
         self._health = health
         self._attempts = attempts
@@ -138,7 +134,7 @@ class Tour:
     @property
     def hurries(self) -> bool:
         """Others can be asked instead."""
-        return len(self._left) > 1
+        return self._hurries or len(self._left) > 1
 
     async def run(self, operation: Callable[[], Awaitable[_T]]) -> _T:
         """The result of `operation`, which asks `host`."""

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import os
+import socket
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from snapshotter import control
 from snapshotter.api.cri_pb2 import AuthConfig, PullImageRequest
 from snapshotter.config import ImageService as Settings
 from snapshotter.config import Limits
@@ -73,7 +75,7 @@ class ImageService:
         before = os.umask(0o177)
         try:
             self._listen.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-            self._listen.unlink(missing_ok=True)  # of the process before this one: there is one per root
+            control.remove_stale(str(self._listen), socket.SOCK_STREAM)  # of the process before this one
             self._server.add_insecure_port(f"unix:{self._listen}")
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", "") or "cannot be bound"

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from yarl import URL
 
 from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters
@@ -16,6 +17,7 @@ from snapshotter.config import Fetch, Size
 from snapshotter.digest import Digest
 from snapshotter.errors import IntegrityError, RegistryUnavailable
 from snapshotter.ondemand.attachment import Attachment, BlobTable
+from snapshotter.registry.endpoint import Endpoint
 from snapshotter.registry.reference import Reference
 from tests.dataplane import CHUNK, SyntheticImage, build, content
 
@@ -33,20 +35,28 @@ class Source:
         self.gate.set()
         self.flip: Callable[[bytes], bytes] = bytes
         self.error: Exception | None = None
-        self.hosts = 1
-        self.distrusted = 0
+        self.names = ["one"]
+        self.distrusted: list[str] = []
 
-    def distrust(self, reference: Reference, digest: Digest) -> int:
+    def hosts(self, reference: Reference, digest: Digest) -> list[Endpoint]:
         assert reference == REPOSITORY
-        self.distrusted += 1
-        return self.hosts
+        return [Endpoint(name, URL("http://" + name)) for name in self.names]
+
+    def distrust(self, reference: Reference, digest: Digest, host: Endpoint) -> None:
+        self.distrusted.append(host.host)
 
     async def until_active(self, count: int) -> None:
         while self.active < count:  # noqa: ASYNC110 - a few turns of the loop
             await asyncio.sleep(0)
 
     async def stream_range(
-        self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int
+        self,
+        reference: Reference,
+        digest: Digest,
+        offset: int,
+        length: int,
+        blob_size: int,
+        host: Endpoint | None = None,
     ) -> AsyncGenerator[bytes, None]:
         assert reference == REPOSITORY
         assert 0 <= offset < offset + length <= blob_size == len(self.blobs[digest])
@@ -281,12 +291,24 @@ async def test_one_flipped_answer_is_made_good_by_asking_again(rig: Rig) -> None
 
 @pytest.mark.allow_warnings
 async def test_each_host_is_asked_before_a_chunk_is_an_error(rig: Rig) -> None:
-    rig.source.hosts = 2
+    rig.source.names = ["one", "two", "three"]
     answers = iter([lambda data: data[:-1] + bytes([data[-1] ^ 0x80])] * 2)
     rig.source.flip = lambda data: next(answers, bytes)(data)
     last = rig.table.chunk(rig.table.count - 1)
     assert await rig.read(last.offset, 10) == rig.plain[last.offset :][:10]
-    assert (rig.counts()["retries"], rig.source.distrusted) == (2, 2)
+    assert (rig.counts()["retries"], rig.source.distrusted) == (2, ["one"])
+
+
+@pytest.mark.allow_warnings
+async def test_a_host_that_does_not_answer_does_not_end_the_search(rig: Rig) -> None:
+    rig.source.names = ["one", "two"]
+    answers = iter([lambda data: bytes(len(data)), refuse])
+    rig.source.flip = lambda data: next(answers, bytes)(data)
+    assert await rig.read(0, 10) == rig.plain[:10]
+
+
+def refuse(_data: bytes) -> bytes:
+    raise RegistryUnavailable("gone")
 
 
 @pytest.mark.allow_warnings

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from snapshotter.config import Limits
+from snapshotter.config import CredentialProviders, Limits
 from snapshotter.credentials.login import Login
 from snapshotter.credentials.remembered import RememberedLogins
 from snapshotter.crypto.secret import SecretBytes
@@ -252,6 +252,33 @@ async def test_logins_are_tried_in_order_until_one_is_accepted(
     sim.seen.clear()
     await client.blob(image, blob, len(CONTENT), 1 << 20)
     assert sim.kinds() == ["blobs"]
+
+
+async def test_an_expired_login_of_a_provider_is_asked_for_anew_although_its_answer_was_to_be_kept(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, tmp_path: Path
+) -> None:
+    """Amazon's registry answers 403 without a challenge when a password has expired."""
+    provider = {"name": "cloud", "matchImages": ["127.0.0.1:*", sim.address], "defaultCacheDuration": "12h"}
+    provider["apiVersion"] = "credentialprovider.kubelet.k8s.io/v1"
+    (tmp_path / "p.json").write_text(json.dumps({"kind": "CredentialProviderConfig", "providers": [provider]}))
+    (tmp_path / "cloud").write_text(f"#!/bin/sh\ncat {tmp_path}/answer\n")
+    (tmp_path / "cloud").chmod(0o700)
+
+    def answer(password: str) -> None:
+        auth = {sim.address: {"username": "user", "password": password}}
+        head = {"kind": "CredentialProviderResponse", "apiVersion": provider["apiVersion"], "cacheKeyType": "Registry"}
+        (tmp_path / "answer").write_text(json.dumps(head | {"auth": auth}))
+
+    answer("first")
+    sim.auth.scheme, sim.auth.username, sim.auth.password = "basic", "user", "first"
+    client = await clients.make(credential_providers=CredentialProviders(str(tmp_path / "p.json"), str(tmp_path)))
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    answer("second")
+    sim.auth.password = "second"
+    sim.fail(faults.status(403), on="blobs")
+    sim.seen.clear()
+    await client.blob(image, blob, len(CONTENT), 1 << 20)
+    assert len(sim.seen) == 2
 
 
 @pytest.mark.allow_warnings

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import trustme
 
-from snapshotter.blobs.source import RegistryRanges
 from snapshotter.config import Limits, Registry
 from snapshotter.digest import Digest
 from snapshotter.errors import DigestMismatch, NotFound, RegistryDenied, RegistryUnavailable
+from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.reference import Reference
 from tests.harness import sim_registry as faults
 from tests.harness.machine import free_port
@@ -141,14 +141,16 @@ async def test_ranges_that_turn_out_wrong_are_asked_elsewhere(
     sim: SimRegistry, mirror: SimRegistry, image: Reference, certs: Certs
 ) -> None:
     mirror.fail(faults.flipped(0), on="blobs", times=9)
-    async with RegistryRanges(Registry(hosts_dir=str(certs.directory)), Limits()) as source:
+    async with RegistryClient(Registry(hosts_dir=str(certs.directory)), Limits()) as source:
 
         async def read() -> bytes:
             async with aclosing(source.stream_range(image, DIGEST, 0, 10, len(CONTENT))) as pieces:
                 return b"".join([piece async for piece in pieces])
 
         assert await read() != CONTENT[:10]
-        assert source.distrust(image, DIGEST) == 2
+        first, second = source.hosts(image, DIGEST)
+        source.distrust(image, DIGEST, first)
+        assert source.hosts(image, DIGEST) == [second, first]
         assert await read() == CONTENT[:10]
         assert len(mirror.seen) == len(sim.seen) == 1
 

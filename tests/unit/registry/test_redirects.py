@@ -1,6 +1,9 @@
 """Redirects of blob reads: where they may lead, what goes along, and how long they are used again."""
 
+import asyncio
+
 import pytest
+from aiohttp import web
 from yarl import URL
 
 from snapshotter.digest import Digest
@@ -63,6 +66,34 @@ async def test_a_refused_target_is_resolved_anew_once(
     assert await client.read_range(image, blob, 50, 50, SIZE) == CONTENT[50:100]
     assert len(sim.seen) == 2
     assert len(cdn.seen) == 3
+
+
+async def test_an_expired_target_is_resolved_anew_by_one_for_all(
+    sim: SimRegistry, cdn: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    client = await clients.make(connections=0)
+    await client.read_range(image, blob, 0, 50, SIZE)
+    expired = cdn.seen[0].path
+
+    async def expires(request: web.Request, handler: faults.Handler) -> web.StreamResponse:
+        return web.Response(status=403) if request.path_qs == expired else await handler(request)
+
+    cdn.fail(expires, on="cdn", times=100)
+    reads = await asyncio.gather(*(client.read_range(image, blob, offset, 50, SIZE) for offset in range(20)))
+    assert reads == [CONTENT[offset : offset + 50] for offset in range(20)]
+    assert len(sim.seen) == 2
+
+
+async def test_when_the_one_fails_the_others_ask_themselves(
+    sim: SimRegistry, cdn: SimRegistry, clients: Clients, image: Reference, blob: Digest
+) -> None:
+    client = await clients.make(connections=0, retries=0)
+    await client.read_range(image, blob, 0, 50, SIZE)
+    cdn.fail(faults.status(403), on="cdn", times=5)
+    sim.fail(faults.status(500), on="blobs")
+    reads = [client.read_range(image, blob, offset, 50, SIZE) for offset in range(5)]
+    results = await asyncio.gather(*reads, return_exceptions=True)
+    assert [type(result) for result in results].count(bytes) == 4
 
 
 async def test_a_target_that_always_refuses_is_given_up_without_showing_its_signature(

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -198,11 +199,21 @@ def test_logins_are_read_as_containerd_reads_them() -> None:
     assert read_login(b"", 10) is None
 
 
-async def test_a_socket_that_cannot_be_bound_is_a_config_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    settings = Settings(listen=str(tmp_path / "file" / "s"))
+@pytest.mark.parametrize("name", ["file/s", "file", "containerd.sock"])
+async def test_a_socket_that_cannot_be_bound_is_a_config_error_and_nothing_is_removed(rig: Rig, name: str) -> None:
+    (rig.path / "file").write_text("")
+    settings = Settings(listen=str(rig.path / name))
     service = ImageService(settings, Limits(), RememberedLogins(), Shared())
     with pytest.raises(ConfigError, match=r"image_service\.listen"):
         await service.start()
     await service.stop(0)
-    assert os.listdir(tmp_path) == ["file"]
+    assert {"file", "containerd.sock"} <= set(os.listdir(rig.path))
+
+
+async def test_the_socket_of_a_process_that_was_killed_is_replaced(rig: Rig, tmp_path: Path) -> None:
+    path = tmp_path / "stale"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    service = ImageService(Settings(listen=str(path)), Limits(), RememberedLogins(), Shared())
+    await service.start()
+    await service.stop(0)

@@ -49,6 +49,7 @@ _ACCEPT = ", ".join(
 )
 _SLOWEST_BYTES_PER_SECOND = 64 << 10  # whole blobs get this much more time than total_timeout_seconds
 _NO_RANGES_SECONDS = 60.0  # how long a registry that ignored Range is not asked for far ranges again
+_HURRIED_DISCARD_BYTES = 1 << 20  # of a host that ignores Range, while others can be asked
 _MAX_HOSTS = 256
 _PROBE_SECONDS = 10.0
 
@@ -229,7 +230,8 @@ class RegistryClient:
                 ) as answer:
                     if answer.status == 200 and not span.is_whole:
                         self._note_without_ranges(host)
-                    skip = ranges.check_answer(what, answer.status, answer.headers, span, max_discard_bytes)
+                    discard = min(max_discard_bytes, _HURRIED_DISCARD_BYTES) if tour.hurries else max_discard_bytes
+                    skip = ranges.check_answer(what, answer.status, answer.headers, span, discard)
                     served.add(host)
                     while span.start < span.stop:
                         piece = await answer.read()

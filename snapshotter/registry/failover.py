@@ -43,7 +43,7 @@ class _Rest:
 
 
 class Health:
-    """What is known about hosts. `probe` asks one for anything, and raises RegistryUnavailable while it is not well."""
+    """What is known about hosts. `probe` asks one for anything, and raises while it is not well."""
 
     def __init__(self, clock: Clock, probe: Probe) -> None:
         self.failures = Counts()  # by host and reason
@@ -82,7 +82,7 @@ class Health:
         origin = host.url.origin()
         try:
             await self._probe(host)
-        except RegistryUnavailable:
+        except SnapshotterError:
             rest.seconds = min(2 * rest.seconds, _LONGEST_REST_SECONDS)
             rest.until = self._clock.monotonic() + rest.seconds
         else:

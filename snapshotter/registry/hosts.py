@@ -59,15 +59,18 @@ class Hosts:
         return known.endpoints
 
     def _find(self, host: str) -> Path | None:
-        """The directory that is about `host`: `host_port_`, `host:port`, or else `_default`."""
+        """The directory that is about `host`: `host_port_`, `host:port`, or else `_default`. Raises ConfigError."""
         if self._directory is None or not host:
             return None
         name, colon, port = host.rpartition(":")
         names = [f"{name}_{port}_"] if colon and port.isdigit() else []
         for candidate in (*names, host, "_default"):
             path = self._directory / candidate
-            if path.is_dir():
-                return path
+            try:
+                if path.is_dir():
+                    return path
+            except OSError as error:
+                raise ConfigError(f"hosts_dir: {path}: {error.strerror}") from None
         return None
 
     def _load(self, directory: Path, reference: Reference) -> _Known:

@@ -114,12 +114,14 @@ def test_logins_of_pulls_are_remembered_survive_our_processes_and_are_written_no
 
     container = guest.containerd.start(image.by_digest, "/bin/sleep", "1000")
     container.wait_running()
-    for worker in ("blobd", "snapshotd"):
-        guest.daemon.wait_replaced(worker, guest.daemon.kill(worker))
-    old = guest.daemon.kill("keeper")
+    guest.daemon.kill("keeper")
     guest.daemon.start()
-    assert guest.daemon.pids()["keeper"] != old
-    guest.daemon.wait_replaced("blobd", guest.daemon.kill("blobd"))
+    killed = guest.daemon.pids()
+    for worker in ("snapshotd", "blobd"):
+        os.kill(killed[worker], signal.SIGKILL)
+    for worker in ("snapshotd", "blobd"):
+        guest.daemon.wait_replaced(worker, killed[worker])
+    guest.containerd.wait_connected()
     os.kill(guest.daemon.pids()["snapshotd"], signal.SIGSTOP)  # nobody who could be asked for a login
     try:
         before = len(private.since().by("coco-snapshotter"))
@@ -143,13 +145,24 @@ def test_logins_of_pulls_are_remembered_survive_our_processes_and_are_written_no
 def test_images_run_on_when_their_credentials_have_expired(
     node: NodeMaker, images: Images, work: Work, private: Registry
 ) -> None:
+    """Both daemons ask a credential provider, which has nothing good to say any more after a restart."""
     image = Image(private, images.repository, "sealed-1", images.sealed().digest)
-    login = work.path / "docker.json"
-    login.write_text(json.dumps({"auths": {private.address: auth()}}))
-    guest = node(registry={"docker_config": str(login)})
+    api = "credentialprovider.kubelet.k8s.io/v1"
+    provider = {"name": "provider", "matchImages": [private.address], "apiVersion": api}
+    (work.path / "providers.json").write_text(json.dumps({"kind": "CredentialProviderConfig", "providers": [provider]}))
+    (work.path / "provider").write_text(f"#!/bin/sh\ncat {work.path}/answer\n")
+    (work.path / "provider").chmod(0o700)
+
+    def answer(password: str) -> None:
+        head = {"kind": "CredentialProviderResponse", "apiVersion": api, "cacheKeyType": "Registry"}
+        (work.path / "answer").write_text(json.dumps(head | {"auth": {private.address: auth(password)}}))
+
+    answer(PASSWORD)
+    programs = {"config": str(work.path / "providers.json"), "bin_dir": str(work.path)}
+    guest = node(registry={"credential_providers": programs})
     guest.containerd.cri.pull(image.by_digest, auth=auth())
     assert guest.shell(image.by_digest, READ_ALL) == expected()
-    login.write_text(json.dumps({"auths": {private.address: auth("expired")}}))
+    answer("expired")
     assert guest.daemon.terminate() == 0
     guest.daemon.start()
     guest.containerd.wait_connected()

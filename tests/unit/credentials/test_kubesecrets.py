@@ -118,6 +118,15 @@ def test_a_kubeconfig_that_is_none_is_a_config_error(tmp_path: Path, text: str) 
         kubeconfig.load(str(path))
 
 
+async def test_the_service_account_of_a_pod_is_used(api: KubeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    (api.directory / "ca.crt").write_bytes(api.authority.cert_pem.bytes())
+    (api.directory / "token").write_text("api-token")
+    monkeypatch.setattr(kubeconfig, "_ACCOUNT", api.directory)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(api.port))
+    assert await passwords(KubernetesSecrets(KubeSecrets("in-cluster"), 1 << 20)) == [b"word"]
+
+
 def test_in_cluster_needs_a_pod(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ConfigError, match="no pod"):

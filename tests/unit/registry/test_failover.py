@@ -107,6 +107,21 @@ async def test_whatever_a_mirror_does_the_registry_serves_without_a_pause(
     assert len(sim.of("blobs")) == 2
 
 
+async def test_a_mirror_without_ranges_is_no_reason_to_load_whole_blobs(
+    sim: SimRegistry, mirror: SimRegistry, clients: Clients, image: Reference, certs: Certs
+) -> None:
+    content = CONTENT * 200
+    digest = Digest.parse(sim.add_blob(content))
+    mirror.add_blob(content)
+    certs.of(sim.address, mirror.origin)
+    client = await clients.make(hosts_dir=str(certs.directory))
+    mirror.fail(faults.ignores_range(), on="blobs", times=9)
+    assert await client.read_range(image, digest, 5, 10, len(content)) == content[5:15]
+    assert sim.seen == [], "little is thrown away"
+    assert await client.read_range(image, digest, 2 << 20, 10, len(content)) == content[2 << 20 : (2 << 20) + 10]
+    assert len(sim.seen) == 1
+
+
 @pytest.mark.usefixtures("both")
 async def test_a_mirror_that_breaks_off_is_continued_at_the_byte_where_it_stopped(
     sim: SimRegistry, mirror: SimRegistry, clients: Clients, image: Reference, certs: Certs

@@ -52,6 +52,9 @@ def confidential(stage: Stage, image: Published, expected: str) -> tuple[Figures
         report.step("killing each process while a container reads")
         proofs.kills(stage, image, daemon, containerd, expected)
 
+        report.step("who got the key")
+        proofs.key_release(stage, image, daemon)
+
         report.step("searching for canaries, then letting the registry swap the image")
         scan = proofs.scan(daemon, image.link, stage.canaries, written)
         containerd.remove_image(image.by_digest)
@@ -72,6 +75,17 @@ def by_seal_only(stage: Stage, image: Published) -> None:
     proofs.swaps_without_pin(stage, image, daemon, containerd)
     containerd.process.stop()
     daemon.stop()
+
+
+def whole_layers(stage: Stage, expected: str) -> Figures:
+    """All layers are downloaded, decrypted and unpacked into the guest's memory before anything starts."""
+    image = stage.encrypt("encrypted")
+    daemon = stage.guest_with_key(image, "encrypted")
+    containerd = stage.containerd("containerd-encrypted", daemon)
+    figures = stage.measure(containerd, image, daemon)
+    proofs.same_files(stage.report, listing(containerd, image.by_digest), expected, "skopeo_encrypted_image_runs")
+    _leave(containerd, image, daemon)
+    return figures
 
 
 def plain(stage: Stage) -> tuple[Figures, Scan]:
@@ -100,8 +114,9 @@ def perform(stage: Stage) -> None:
     published = stage.publish_ordinary(layout)
     report.note(f"{sum(published.layers.values()) / 1e6:.1f} MB compressed, pushed as {published.by_tag}")
 
-    report.step("converting it to a sealed image for a fresh key")
-    sealed = stage.convert("sealed", "--recipient", f"jwe:{stage.public_key}", "--hide-config", "all")
+    report.step("converting it to a sealed image, for a KEK that the key broker holds, and for a key file")
+    recipients = ("--recipient", stage.broker.recipient, "--recipient", f"jwe:{stage.public_key}")
+    sealed = stage.convert("sealed", *recipients, "--hide-config", "all")
     report.note(f"{sum(sealed.layers.values()) / 1e6:.1f} MB, {sealed.by_digest}")
 
     report.step("pull and run with containerd's own overlayfs: full download")
@@ -111,6 +126,9 @@ def perform(stage: Stage) -> None:
     report.step("pull and run with coco-snapshotter, mode confidential, by digest")
     rows["coco-snapshotter, sealed"], scan, written = confidential(stage, sealed, expected)
     by_seal_only(stage, sealed)
+
+    report.step("for comparison, what guests pull today: the same image, encrypted layer by layer by skopeo")
+    rows["encrypted layers, full pull"] = whole_layers(stage, expected)
 
     report.step("the same scan on a plain conversion")
     rows["coco-snapshotter, plain"], plain_scan = plain(stage)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -12,6 +13,7 @@ from tests.demo.canary import Canaries, Scan
 from tests.demo.report import Report
 from tests.demo.stage import REPOSITORY, Published, Stage
 from tests.harness import serve
+from tests.harness.broker import NAME
 from tests.harness.containerd import Container, Containerd
 from tests.harness.link import ShapedLink
 from tests.harness.machine import Work, until
@@ -45,12 +47,48 @@ def no_layer_by_containerd(stage: Stage, image: Published, containerd: Container
     )
 
 
-def same_files(report: Report, ours: str, theirs: str) -> None:
+def same_files(report: Report, ours: str, theirs: str, name: str = "same_files") -> None:
     report.proof(
-        "same_files",
+        name,
         ours == theirs and ours.count("\n") > 1000,
-        f"{ours.count(chr(10))} files read through the sealed image have the hashes that overlayfs shows",
+        f"{ours.count(chr(10))} files read by a container of the image have the hashes that overlayfs shows",
     )
+
+
+def key_release(stage: Stage, image: Published, daemon: Serve) -> None:
+    """The key broker releases the key on (sample) evidence of the right guest; another guest is refused."""
+    log = daemon.log()
+    leaked = [secret for secret in stage.broker.secrets if secret in log]
+    audit = _audit(stage, daemon)
+    released = [entry for entry in audit if entry["outcome"] == "released"]
+    stage.report.proof(
+        "key_released_after_attestation",
+        bool(released) and all(entry["kek"] == f"kbs:///{NAME}" for entry in released) and not leaked,
+        f"{released[0]['kek']} released by {released[0]['by']} for {released[0]['namespace']}" if released else "NO",
+    )
+    wrong = stage.wrong_guest(image)
+    containerd = stage.containerd("containerd-wrong-guest", wrong)
+    reason = refusal(containerd, image.by_digest)
+    denied = [entry for entry in _audit(stage, wrong) if entry["outcome"] == "no-key"]
+    stage.report.proof(
+        "wrong_evidence_refused",
+        reason == "no-key" and bool(denied) and not wrong.images_mounted(),
+        f"a guest with other initdata: {reason or 'GOT THE KEY'}",
+    )
+    containerd.process.stop()
+    wrong.stop()
+    stage.report.note("audit logs of both, each line bound to the one before by its hash:")
+    for entry in [*audit, *denied]:
+        line = (entry["n"], entry["time"], entry["outcome"], entry["by"], entry["kek"], entry["hash"][:16])
+        stage.report.note("  " + "  ".join(map(str, line)))
+
+
+def _audit(stage: Stage, daemon: Serve) -> list[dict[str, Any]]:
+    """The verified key-access audit log."""
+    shown = serve.program(stage.work, "audit", "--root", daemon.root, "--json")
+    if shown.returncode:
+        raise RuntimeError(f"audit ended with {shown.returncode}: {shown.stderr[-500:]}")
+    return [json.loads(line) for line in shown.stdout.splitlines()]
 
 
 # canaries

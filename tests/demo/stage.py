@@ -1,16 +1,20 @@
 """The stage of the demo: one image in three forms on one registry, and the ways to start it."""
 
+import hashlib
 import json
 import os
 import secrets
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.demo.canary import Canaries
 from tests.demo.report import Figures, Report
 from tests.harness import debian, oci, serve
+from tests.harness.broker import Broker
 from tests.harness.containerd import Containerd
 from tests.harness.link import ShapedLink
 from tests.harness.machine import Work
@@ -58,13 +62,21 @@ class Stage:
         )  # a layer of its own, so that every byte of its blob is this file's
         self.registry = Registry(work)
         self.trusted = self._tmpfs(work.directory("guest"))
-        (self.trusted / "state").mkdir()
         self.private_key, self.public_key = serve.key_pair(self.trusted)
+        self.init_data = self._init_data("initdata.toml", "demo")
+        digest = hashlib.sha384(self.init_data.read_bytes()).hexdigest()
+        self.broker = Broker(work, "--allow-sample", "--expect", f"init_data={digest}")
 
     def _tmpfs(self, path: Path) -> Path:
         """The guest's trusted memory: the daemon's root and the private key."""
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g,mode=0700", "tmpfs", str(path)], check=True)
         self.work.stack.callback(subprocess.run, ["umount", str(path)], check=True)
+        return path
+
+    def _init_data(self, name: str, purpose: str) -> Path:
+        """What a guest was started with, which is part of its evidence."""
+        path = self.trusted / name
+        path.write_text(f'version = "0.1.0"\nalgorithm = "sha384"\n[data]\n"purpose" = "{purpose}"\n')
         return path
 
     def link(self, name: str) -> ShapedLink:
@@ -97,20 +109,42 @@ class Stage:
         digest = serve.convert(self.work, f"docker://{self.registry.address}/{REPOSITORY}:oci", target, *options)
         return self.published(tag, digest, link)
 
+    def encrypt(self, tag: str) -> Published:
+        """The ordinary image with every layer encrypted as a whole, by skopeo: what guests pull today."""
+        where = f"docker://{self.registry.address}/{REPOSITORY}"
+        subprocess.run(
+            ["skopeo", "--insecure-policy", "copy", "--quiet", "--src-tls-verify=false", "--dest-tls-verify=false",
+             "--encryption-key", f"jwe:{self.public_key}", f"{where}:oci", f"{where}:{tag}"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        content, _ = self.registry.get_manifest(REPOSITORY, tag)
+        return self.published(tag, "sha256:" + hashlib.sha256(content).hexdigest(), self.link(tag))
+
     def published(self, tag: str, digest: str, link: ShapedLink) -> Published:
         manifest = json.loads(self.registry.get_manifest(REPOSITORY, digest)[0])
         return Published(tag, digest, {layer["digest"]: layer["size"] for layer in manifest["layers"]}, link)
 
     # the ways to run it
 
-    def confidential(self, image: Published, name: str = "coco") -> Serve:
-        """Our daemon as a guest runs it: state in memory, cache on an untrusted disk, the key, one pinned image."""
-        settings = {
-            "mode": "confidential",
-            "keys": {"files": [str(self.private_key)]},
-            "policy": {"require": "sealed", "pins": [image.by_digest]},
-        }
-        return Serve(self.work, name, settings, root=self.trusted / "state", environment={MARK: "1"})
+    def confidential(self, image: Published, name: str = "coco", init_data: Path | None = None) -> Serve:
+        """Our daemon as a guest runs it: state in memory, cache on an untrusted disk, one pinned image.
+
+        It has no key of its own; the broker releases one for the evidence that belongs to `init_data`.
+        """
+        keys = self.broker.keys(init_data=str(init_data or self.init_data))
+        return self._guest(image, name, keys)
+
+    def wrong_guest(self, image: Published) -> Serve:
+        """The same with other initdata, as a host that wants the key would start it."""
+        return self.confidential(image, "wrong-guest", self._init_data("other.toml", "something else"))
+
+    def guest_with_key(self, image: Published, name: str) -> Serve:
+        """One that was given a private key."""
+        return self._guest(image, name, {"files": [str(self.private_key)]})
+
+    def _guest(self, image: Published, name: str, keys: Mapping[str, Any]) -> Serve:
+        settings = {"mode": "confidential", "keys": keys, "policy": {"pins": [image.by_digest]}}
+        return Serve(self.work, name, settings, root=self.trusted / name, environment={MARK: "1"})
 
     def containerd(self, name: str, daemon: Serve | None) -> Containerd:
         """A fresh containerd that pulls with our daemon, or with its own overlayfs."""
@@ -144,7 +178,9 @@ class Stage:
 
 
 def disk_usage(top: Path) -> int:
-    """Allocated bytes of the files below `top` on its own file system, hard links once."""
+    """Allocated bytes of the files below `top` on its own file system, hard links once; 0 if there is no `top`."""
+    if not top.exists():
+        return 0
     device = os.stat(top).st_dev
     seen: set[int] = set()
     total = 0

@@ -4,7 +4,6 @@ Sources: docker/cli cli/config, docker-credential-helpers.
 """
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Sequence
@@ -33,6 +32,15 @@ class _Answer(msgspec.Struct, rename="pascal"):
     secret: str = ""
 
 
+class _Entry(msgspec.Struct):
+    """One registry in `auths`."""
+
+    username: str = ""
+    password: str = ""
+    auth: str = ""
+    identitytoken: str = ""
+
+
 class DockerConfig:
     """Read anew each time: short-lived passwords are rotated in place."""
 
@@ -55,7 +63,7 @@ class DockerConfig:
                 failure = error
         try:
             found += logins(config, host)
-        except (ValueError, AttributeError, TypeError, binascii.Error):
+        except ValueError:
             raise self._bad() from None
         if failure is not None and not found:
             raise failure
@@ -68,12 +76,9 @@ class DockerConfig:
         except OSError as error:
             raise ConfigError(f"config: registry.docker_config {self._path}: {error.strerror}") from None
         try:
-            config = json.loads(content) if len(content) <= _MAX_BYTES else None
-        except (ValueError, RecursionError):
+            return parse(content)
+        except ValueError:
             raise self._bad() from None
-        if not isinstance(config, dict):
-            raise self._bad()
-        return config
 
     def _bad(self) -> ConfigError:
         return ConfigError(f"config: registry.docker_config {self._path}: not a docker config.json")
@@ -97,6 +102,19 @@ class DockerConfig:
         return [Login(username, SecretBytes(answer.secret.encode()))]
 
 
+def parse(content: bytes) -> dict[str, Any]:
+    """Raises ValueError."""
+    if len(content) > _MAX_BYTES:
+        raise ValueError("longer than any docker config.json")
+    try:
+        config = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(config, dict):
+        raise ValueError("not an object")
+    return config
+
+
 def helper_for(config: dict[str, Any], host: str) -> object:
     """The helper that is named for `host`; None if there is none."""
     helpers = config.get("credHelpers")
@@ -105,20 +123,24 @@ def helper_for(config: dict[str, Any], host: str) -> object:
     return next((name for server, name in helpers.items() if same_registry(server, host)), None)
 
 
-def logins(config: Any, host: str) -> list[Login]:
-    """What the `auths` of a document have for `host`. Raises ValueError, AttributeError or TypeError for nonsense."""
-    entry = next((entry for name, entry in config.get("auths", {}).items() if same_registry(name, host)), None)
+def logins(config: dict[str, Any], host: str) -> list[Login]:
+    """What the `auths` of a document have for `host`. Raises ValueError."""
+    auths = config.get("auths", {})
+    if not isinstance(auths, dict):
+        raise ValueError("auths is not an object")
+    entry = next((entry for name, entry in auths.items() if same_registry(name, host)), None)
     login = None if entry is None else read_entry(entry)
     return [] if login is None else [login]
 
 
-def read_entry(entry: Any) -> Login | None:
-    """One entry of `auths`; None if there is no login in it. Raises as `logins`."""
-    if token := entry.get("identitytoken", ""):
-        return Login("", SecretBytes(token.encode()))
-    username, password = entry.get("username", ""), entry.get("password", "")
-    if auth := entry.get("auth", ""):
-        username, _, password = base64.b64decode(auth, validate=True).decode().partition(":")
+def read_entry(entry: object) -> Login | None:
+    """One entry of `auths`; None if there is no login in it. Raises ValueError."""
+    found = msgspec.convert(entry, _Entry)
+    if found.identitytoken:
+        return Login("", SecretBytes(found.identitytoken.encode()))
+    username, password = found.username, found.password
+    if found.auth:
+        username, _, password = base64.b64decode(found.auth, validate=True).decode().partition(":")
     return Login(username, SecretBytes(password.encode())) if username and password else None
 
 

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -16,7 +17,7 @@ from yarl import URL
 
 from snapshotter.config import KubeSecrets
 from snapshotter.credentials import kubeconfig
-from snapshotter.credentials.dockerconfig import read_entry
+from snapshotter.credentials.dockerconfig import parse, read_entry
 from snapshotter.credentials.login import Login
 from snapshotter.credentials.matching import key_matches
 from snapshotter.errors import SnapshotterError, Unavailable
@@ -127,7 +128,8 @@ def _entries(secret: _Secret) -> list[tuple[str, Login]]:
     if secret.type != _TYPE:
         return []
     try:
-        auths = msgspec.json.decode(base64.b64decode((secret.data or {}).get(_KEY, "")))["auths"]
+        config = parse(base64.b64decode((secret.data or {}).get(_KEY, "")))
+        auths = msgspec.convert(config.get("auths", {}), dict[str, Any])
         return [(key, login) for key, entry in auths.items() if (login := read_entry(entry)) is not None]
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
+    except ValueError:
         return []

@@ -72,7 +72,7 @@ class RememberedLogins:
         except (ValueError, OSError, RecursionError):
             raise MalformedImage("logins: not what was packed", reason="internal") from None
         self._logins.clear()
-        for entry in entries:
+        for entry in [entry for entry in entries if entry.secret]:
             self.add(entry.host, entry.repository, Login(entry.username, SecretBytes(entry.secret)))
 
     def take(self, fd: int) -> None:

@@ -7,7 +7,6 @@ forgotten when it fails.
 
 import asyncio
 import base64
-import binascii
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -178,18 +177,17 @@ def read_login(request: bytes, limit: int) -> _Sent | None:
 
 
 def _login(auth: AuthConfig) -> Login | None:
-    """As containerd reads it (CRI, ParseAuth)."""
-    if auth.username:
-        return Login(auth.username, SecretBytes(auth.password.encode()))
-    if auth.identity_token:
-        return Login("", SecretBytes(auth.identity_token.encode()))
-    if not auth.auth:
-        return None
-    try:
-        username, _, password = base64.b64decode(auth.auth, validate=True).decode().partition(":")
-    except (ValueError, binascii.Error):
-        raise ConfigError("pull: auth is not a user name and a password") from None
-    return Login(username, SecretBytes(password.strip("\0").encode())) if username else None
+    """As containerd reads it (CRI, ParseAuth); None without a password or token."""
+    username, secret = auth.username, auth.password
+    if not username and auth.identity_token:
+        secret = auth.identity_token
+    elif not username:
+        try:
+            username, _, secret = base64.b64decode(auth.auth, validate=True).decode().partition(":")
+        except ValueError:
+            raise ConfigError("pull: auth is not a user name and a password") from None
+        secret = secret.strip("\0") if username else ""
+    return Login(username, SecretBytes(secret.encode())) if secret else None
 
 
 def _metadata(found: Any) -> "grpc.aio.Metadata":

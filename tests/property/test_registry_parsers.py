@@ -11,10 +11,11 @@ from yarl import URL
 
 from snapshotter import labels
 from snapshotter.config import Limits
+from snapshotter.credentials import dockerconfig
 from snapshotter.digest import Digest
-from snapshotter.errors import BadReference, ConfigError, IntegrityError, SnapshotterError
+from snapshotter.errors import BadReference, IntegrityError, SnapshotterError
 from snapshotter.image import manifest as m
-from snapshotter.registry.auth import find_login, parse_challenges
+from snapshotter.registry.auth import parse_challenges
 from snapshotter.registry.ranges import Span, check_answer, parse_content_range
 from snapshotter.registry.redirects import lifetime_seconds, next_hop
 from snapshotter.registry.reference import LayoutLocation, Reference, parse_location
@@ -159,5 +160,5 @@ def test_any_bytes_are_parsed_or_refused(content: bytes, data: st.DataObject) ->
         for parse in (m.parse_manifest, m.parse_index, m.parse_config):
             with suppress(SnapshotterError):
                 parse(raw, LIMITS)
-        with suppress(ConfigError):
-            find_login(raw, "h", "path")
+        with suppress(ValueError):
+            dockerconfig.logins(dockerconfig.parse(raw), "h")

@@ -195,6 +195,8 @@ def test_logins_are_read_as_containerd_reads_them() -> None:
         "docker.io", "library/busybox", "user", b"word"
     )  # fmt: skip
     assert found() is None
+    assert found(username="user") is None
+    assert found(auth=base64.b64encode(b"user:").decode()) is None
     assert found(auth=base64.b64encode(b":").decode()) is None
     assert read_login(b"", 10) is None
 

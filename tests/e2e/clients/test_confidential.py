@@ -24,7 +24,7 @@ def refusal(puller: Puller, reference: str) -> str:
     """What the client prints; nothing may be left of the attempt."""
     failed = puller.attempt(reference)
     assert failed.returncode != 0
-    assert not puller.containerd.snapshots()
+    puller.assert_empty()
     return failed.stderr
 
 
@@ -38,6 +38,7 @@ def test_what_must_not_run_is_refused_with_its_reason(puller: Puller, images: Im
     assert "reason=unauthentic-image" in refusal(puller, images.sealed().by_tag)
     assert "reason=not-sealed" in refusal(puller, images.plain().by_digest)
     assert "reason=not-sealed" in refusal(puller, images.ordinary().by_digest)
+    assert "reason=not-sealed" in refusal(puller, images.above(images.sealed()).by_digest)
 
 
 @pytest.mark.parametrize("path", [CTR_TRANSFER], ids=str)

@@ -178,7 +178,7 @@ class Work:
         found = [f"process {pid} {command_line(pid)}" for pid in self.processes()]
         found += [f"mount {target}" for target in self.mounted()]
         found += [f"loop {device} on {file}" for device, file in loops().items() if file.startswith(str(self.path))]
-        found += [f"file {path}" for path in self._new_shared() if not path.is_dir()]
+        found += [f"file {path}" for path in self._new_shared() if path.is_socket()]
         return found
 
     def remove(self) -> None:

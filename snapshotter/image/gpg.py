@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from snapshotter import oom
 from snapshotter.errors import ConfigError, Unavailable
 
 _SECONDS = 20.0
@@ -31,6 +32,7 @@ async def signed_message(message: bytes, keyring: Sequence[bytes]) -> bytes | No
             str(source), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL, env={"LC_ALL": "C"},
         )  # fmt: skip
+        oom.expose(process.pid)
         try:
             async with asyncio.timeout(_SECONDS):
                 status, _ = await process.communicate()

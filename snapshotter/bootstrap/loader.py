@@ -17,12 +17,13 @@ from snapshotter import labels
 from snapshotter.bootstrap import archive, tables
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
-from snapshotter.errors import IntegrityError, LimitExceeded, MalformedImage, PolicyDenied
+from snapshotter.errors import IntegrityError, LimitExceeded, MalformedImage
 from snapshotter.files import read_regular, write_atomic
 from snapshotter.formats import sealed
 from snapshotter.formats.rafs6 import Bootstrap
 from snapshotter.formats.rafs6_tree import Inode, read_inode
 from snapshotter.image.manifest import Descriptor
+from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import LazyImage
 from snapshotter.keys import ocicrypt
 from snapshotter.keys.provider import KeyProvider
@@ -58,13 +59,13 @@ class Loader:
     """Loads images; keeps bootstrap layers, encrypted as fetched, in `cache_dir`/bootstraps."""
 
     def __init__(
-        self, source: BlobSource, provider: KeyProvider, cache_dir: Path, limits: Limits, *, must_be_sealed: bool
+        self, source: BlobSource, provider: KeyProvider, cache_dir: Path, limits: Limits, policy: ImagePolicy
     ) -> None:
         self._source = source
         self._provider = provider
         self._directory = cache_dir / "bootstraps"
         self._limits = limits
-        self._must_be_sealed = must_be_sealed
+        self._policy = policy
 
     async def load(self, image: LazyImage) -> LoadedImage:
         """Raises IntegrityError (and below it DigestMismatch, …), KeyDenied, LimitExceeded, PolicyDenied."""
@@ -74,17 +75,18 @@ class Loader:
             plain: bytes | bytearray = await ocicrypt.decrypt_layer(layer, annotations, self._provider, self._limits)
         else:
             plain = layer
-        opened = await asyncio.to_thread(open_layer, image, plain, self._limits)
-        if isinstance(plain, bytearray):
-            plain[:] = bytes(len(plain))  # it holds all keys of the image
+        try:
+            opened = await asyncio.to_thread(open_layer, image, plain, self._limits)
+        finally:
+            if isinstance(plain, bytearray):
+                plain[:] = bytes(len(plain))  # it holds all keys of the image
         image.check_claims(opened.diff_id)
         if opened.bootstrap.sealed:
             devices = await asyncio.to_thread(
                 tables.sealed_devices, opened.bootstrap, opened.files, _blob_sizes(image), self._limits
             )
         else:
-            if self._must_be_sealed:
-                raise PolicyDenied(f"image {image.reference}: its chunks are not sealed", reason="not-sealed")
+            self._policy.require_sealed(image.reference, False, "its chunks are not sealed")
             devices = await self._stock(image, opened)
         await asyncio.to_thread(opened.bootstrap.validate, tables.chunk_tables(devices))
         if not from_cache:

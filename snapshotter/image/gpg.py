@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import binascii
+import contextlib
+import resource
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +12,8 @@ from pathlib import Path
 
 from snapshotter import oom
 from snapshotter.errors import ConfigError, Unavailable
+from snapshotter.files import read_regular
+from snapshotter.image.signature import CLAIM_BYTES
 
 _SECONDS = 20.0
 _ARMOR = b"-----BEGIN PGP PUBLIC KEY BLOCK-----"
@@ -18,7 +22,8 @@ _ARMOR = b"-----BEGIN PGP PUBLIC KEY BLOCK-----"
 async def signed_message(message: bytes, keyring: Sequence[bytes]) -> bytes | None:
     """What `message` (opaque, signed, not encrypted) holds; None unless a key of `keyring` made a good signature.
 
-    Keys are OpenPGP public keys, binary or armored. Raises ConfigError where there is no gpgv, Unavailable if it hangs.
+    None as well for more than `CLAIM_BYTES`. Keys are OpenPGP public keys, binary or armored. Raises ConfigError where
+    there is no gpgv, Unavailable if it hangs.
     """
     program = shutil.which("gpgv")
     if program is None:
@@ -33,6 +38,8 @@ async def signed_message(message: bytes, keyring: Sequence[bytes]) -> bytes | No
             stderr=asyncio.subprocess.DEVNULL, env={"LC_ALL": "C"},
         )  # fmt: skip
         oom.expose(process.pid)
+        with contextlib.suppress(ProcessLookupError):  # a small message may be a large one, packed
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (CLAIM_BYTES, CLAIM_BYTES))
         try:
             async with asyncio.timeout(_SECONDS):
                 status, _ = await process.communicate()
@@ -42,13 +49,12 @@ async def signed_message(message: bytes, keyring: Sequence[bytes]) -> bytes | No
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        words = [
-            line.split()[1] for line in status.decode(errors="replace").splitlines() if line.startswith("[GNUPG:] ")
-        ]
+        lines = status.decode(errors="replace").splitlines()
+        words = [line.split()[1] for line in lines if line.startswith("[GNUPG:] ")]
         # One signature, and a good one: not expired, not revoked, not one of two that only gpgv tells apart.
         if process.returncode or words.count("NEWSIG") != 1 or words.count("GOODSIG") != 1 or "VALIDSIG" not in words:
             return None
-        return target.read_bytes() if target.exists() else None
+        return await asyncio.to_thread(read_regular, target, CLAIM_BYTES)
 
 
 def _binary(key: bytes) -> bytes:

@@ -89,6 +89,15 @@ class Origin:
         evidence = await self._evidence(reference, digests) if self._trust else None
         return self.policy.admit(reference, digests, evidence)
 
+    async def basis(self, reference: Reference) -> str:
+        """Changes when the trust policy says something else of `reference`, or by other keys. Raises as `admit`."""
+        if self._trust is None:
+            return ""
+        rule = (await self._trust.policy()).rule(reference)
+        signed = [requirement for requirement in rule.requirements if isinstance(requirement, Signed)]
+        keys = [await self._trust.key(key) for requirement in signed for key in requirement.keys]
+        return Digest.of(repr((rule, keys)).encode())
+
     async def keep(self, admission: Admission) -> None:
         """Remember the signatures of an image that passed every step."""
         if admission.evidence is not None and self._kept is not None:

@@ -5,6 +5,7 @@ image that claims another image's `diff_ids` would otherwise make that other ima
 computed here from what a layer *is*, and an image is refused if it claims others.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -128,24 +129,28 @@ class Resolver:
             )
         if isinstance(image, OrdinaryImage):
             self._policy.require_sealed(reference, False, "it has no bootstrap layer")
+            self._policy.check_wrapping(reference, admission, {}, self._limits)
             return image
         if isinstance(image, EncryptedImage):
             return replace(image, admission=self._admit_layers(image))
         self._policy.require_sealed(reference, image.encrypted, "its bootstrap layer is not encrypted")
-        admission = self._policy.check_wrapping(reference, admission, image.bootstrap.annotations, self._limits)
+        admission = self._policy.check_wrapping(reference, admission, _wrapping(image.bootstrap), self._limits)
         return replace(image, admission=admission, documents=(*digests, resolved.manifest.config.digest))
 
     def _admit_layers(self, image: EncryptedImage) -> Admission:
-        encrypted = [layer for layer in image.layers if is_encrypted(layer)]
-        everything = len(encrypted) == len(image.layers)
+        everything = all(map(is_encrypted, image.layers))
         self._policy.require_sealed(image.reference, everything, "not all of its layers are encrypted")
         admission = image.admission
-        for layer in encrypted:
-            admission = self._policy.check_wrapping(image.reference, image.admission, layer.annotations, self._limits)
+        for layer in image.layers:
+            admission = self._policy.check_wrapping(image.reference, image.admission, _wrapping(layer), self._limits)
         if admission.authentic and not image.admission.authentic:
             # The KEK tells who made each layer, and nothing tells which of them belong together, or the config.
             raise PolicyDenied(f"image {image.reference}: a KEK makes only sealed images authentic")
         return admission
+
+    async def basis(self, claim: LayerClaim) -> str:
+        """See Origin.basis. Raises as it does, and BadReference."""
+        return await self._origin.basis(Reference.parse(claim.image))
 
     async def keep(self, admission: Admission) -> None:
         """Remember what an image that passed every step was admitted by."""
@@ -216,6 +221,11 @@ def plan(
 
 def is_encrypted(layer: Descriptor) -> bool:
     return layer.media_type.endswith(labels.ENCRYPTED_SUFFIX)
+
+
+def _wrapping(layer: Descriptor) -> Mapping[str, str]:
+    """What tells how the layer's key is wrapped: of one that is not encrypted, annotations tell nothing."""
+    return layer.annotations if is_encrypted(layer) else {}
 
 
 def _is_blob(layer: Descriptor) -> bool:

@@ -17,6 +17,7 @@ from snapshotter.keys import packet
 JWE: Final = "jwe"  # as a scheme
 PKCS7: Final = "PKCS7"  # as a cipher
 _PACKET_BYTES = 256 << 10
+_KID_CHARACTERS = 512  # no kbs:/// resource has a longer name
 
 
 class Wrapped(NamedTuple):
@@ -60,7 +61,9 @@ def _details(scheme: str, raw: bytes) -> tuple[frozenset[str], str]:
         return frozenset((PKCS7,)), ""
     if labels.ENC_KEYS_PREFIX + scheme == packet.ANNOTATION:
         value = encoding.json_object(raw, f"{scheme} packet", _PACKET_BYTES)
-        return frozenset((str(value.get("wrap_type", "")),)), str(value.get("kid", ""))[:512]
+        named = value.get("provider", "kbs") == "kbs"  # others' key ids only look alike
+        kid = str(value.get("kid", "")) if named else ""
+        return frozenset((str(value.get("wrap_type", "")),)), kid if len(kid) <= _KID_CHARACTERS else ""
     return frozenset((scheme,)), ""
 
 

@@ -18,7 +18,7 @@ import structlog
 from snapshotter import failpoints, labels
 from snapshotter.bootstrap.loader import LoadedImage, Loader
 from snapshotter.digest import Digest
-from snapshotter.errors import IntegrityError, KeyDenied, PolicyDenied, SnapshotterError
+from snapshotter.errors import IntegrityError, KeyDenied, SnapshotterError
 from snapshotter.image.claim import LayerClaim
 from snapshotter.image.documents import DocumentCache
 from snapshotter.image.manifest import chain_ids
@@ -107,8 +107,8 @@ class Images:
         self._mounter = mounter
         self._trail = trail or Trail()
         self._layers = layers
-        # By reference and manifest; without the latter for hints, whose reference names the content.
-        self._verdicts: OrderedDict[tuple[str, str | None], AnyVerdict] = OrderedDict()
+        # By reference, manifest (None for hints, whose reference names the content) and what the trust policy says.
+        self._verdicts: OrderedDict[tuple[str, str | None, str], AnyVerdict] = OrderedDict()
         self._loaded: OrderedDict[tuple[str, str], LoadedImage] = OrderedDict()
         # A lock lives as long as somebody waits for it, so remote names cannot fill this table.
         self._locks: WeakValueDictionary[object, asyncio.Lock] = WeakValueDictionary()
@@ -182,8 +182,7 @@ class Images:
         if claim.layer not in digests:
             if claim.manifest is None:  # whoever made the layer chose the image that we looked at
                 raise _chain_mismatch(claim, image)
-            if self._policy.must_be_sealed:
-                raise PolicyDenied(f"image {image.reference}: layer {claim.layer} is not sealed", reason="not-sealed")
+            self._policy.require_sealed(image.reference, False, f"layer {claim.layer} is not sealed")
             if claim.parent_chain in ("", None, *chain[:-1]):
                 raise _chain_mismatch(claim, image)
             return "ordinary"
@@ -194,7 +193,7 @@ class Images:
         raise _chain_mismatch(claim, image)
 
     async def _verdict(self, claim: LayerClaim, namespace: str) -> AnyVerdict:
-        key = (claim.image, claim.manifest)
+        key = (claim.image, claim.manifest, await self._resolver.basis(claim))
         async with self._lock(key):
             known = self._verdicts.get(key)
             if known is not None:

@@ -42,7 +42,7 @@ async def open_images(
         async with RegistryClient(settings.registry, limits, remembered=remembered) as registry:
             source = WatchedSource(registry, trail)
             documents = DocumentCache(source, cache / "documents", limits)
-            loader = Loader(source, provider, cache, limits, must_be_sealed=policy.must_be_sealed)
+            loader = Loader(source, provider, cache, limits, policy)
             resolver = Resolver(documents, origin(settings, policy, documents), limits)
             keys = configured.any_configured(settings.keys)
             layers = WholeLayers(source, provider, limits) if keys else None

@@ -151,7 +151,7 @@ class Node:
         self.plane = NoDataPlane()
         keys: list[KeyProvider] = [FileKeys([key])] if key else []
         provider = AnyOf([*keys, *([PacketKeys(Broker(resources))] if resources else [])])
-        loader = Loader(source, provider, self.cache, limits, must_be_sealed=policy.must_be_sealed)
+        loader = Loader(source, provider, self.cache, limits, policy)
         documents = DocumentCache(source, self.cache / "documents", limits)
         settings = Config(cache_dir=str(self.cache), policy=wanted)
         resolver = Resolver(documents, origin(settings, policy, documents), limits)

@@ -12,8 +12,12 @@ import pytest
 from snapshotter import labels
 from snapshotter.cli.main import main
 from snapshotter.config import Policy, RepositoryRule
+from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import ConfigError, SnapshotterError
 from snapshotter.image.sigstore import SIGNATURE_ANNOTATION, tag_of
+from snapshotter.keys.ocicrypt import encrypt_layer
+from snapshotter.keys.packet import Kek
+from snapshotter.keys.resource import ResourceUri
 from tests.tamper.attacker import REPOSITORY, Keys, Node, Registry, World, refused
 
 TAG = f"{REPOSITORY}:app"
@@ -254,6 +258,89 @@ async def test_swapped_config_and_bootstrap_under_the_kek(made: World, registry:
     await refused(node, registry, swapped, "config-mismatch", reference=TAG)
     swapped = registry.forge("kek", swap_bootstrap)
     await refused(node, registry, swapped, "identity-mismatch", reference=TAG)
+
+
+@pytest.mark.parametrize("require", ["any", "pinned"])
+async def test_a_plain_layer_upon_an_image_under_the_kek(
+    made: World, registry: Registry, tmp_path: Path, require: str
+) -> None:
+    """The KEK says who made the sealed layers; a layer upon them replaces their files and may be anybody's."""
+
+    def add_layer(manifest: dict[str, Any], config: dict[str, Any]) -> None:
+        layer = registry.put(bytes(10240))
+        manifest["layers"].append({"mediaType": "application/vnd.oci.image.layer.v1.tar", **layer})
+        config["rootfs"]["diff_ids"].append(layer["digest"])
+
+    evil = registry.forge("kek", add_layer)
+    rules = Policy(require=require, repositories=only_by_kek().repositories)  # type: ignore[arg-type]
+    node = Node(registry, None, tmp_path, rules=rules, resources={KEK: SECRET})
+    top = len(registry.manifest("kek")["layers"])
+    with pytest.raises(SnapshotterError) as caught:
+        await node.prepare(registry, evil, TAG, layer=top)
+    assert caught.value.reason == "not-sealed"
+
+
+async def test_an_encrypted_bootstrap_of_chunks_that_are_not_sealed(
+    made: World, registry: Registry, tmp_path: Path
+) -> None:
+    """It has no identity, so its config may be anybody's, whoever made the bootstrap."""
+    wrapper = Kek(ResourceUri.parse(KEK), SecretBytes(SECRET))
+    plain = registry.manifest("plain")["layers"][-1]
+    cipher, annotations = encrypt_layer(registry.blob(plain["digest"]), [wrapper, made.keys.public.read_bytes()])
+
+    def swap(manifest: dict[str, Any], _config: dict[str, Any]) -> None:
+        top = manifest["layers"][-1]
+        top |= registry.put(cipher) | {"mediaType": top["mediaType"] + labels.ENCRYPTED_SUFFIX}
+        top["annotations"] |= annotations
+
+    image = registry.forge("plain", swap)
+    for number, rule in enumerate((RepositoryRule(name=REPOSITORY, sealed=True), only_by_kek().repositories[0])):
+        rules = Policy(repositories=(rule,))
+        node = Node(registry, made.keys.private, tmp_path / str(number), rules=rules, resources={KEK: SECRET})
+        await refused(node, registry, image, "not-sealed", reference=TAG)
+    top = len(registry.manifest("plain")["layers"]) - 1
+    node = Node(registry, made.keys.private, tmp_path)
+    assert (await node.prepare(registry, image, TAG, layer=top)).kind == "image"
+
+
+async def test_an_image_that_is_not_encrypted_where_recipients_are_required(
+    made: World, registry: Registry, tmp_path: Path
+) -> None:
+    def drop_all(manifest: dict[str, Any], config: dict[str, Any]) -> None:
+        layer = registry.put(bytes(10240))
+        manifest["layers"] = [{"mediaType": "application/vnd.oci.image.layer.v1.tar", **layer}]
+        config["rootfs"]["diff_ids"] = [layer["digest"]]
+
+    def borrow_packets(manifest: dict[str, Any], _config: dict[str, Any]) -> None:
+        manifest["layers"][-1]["annotations"] |= registry.manifest("kek")["layers"][-1]["annotations"]
+
+    ordinary = registry.forge("plain", drop_all)
+    for wanted in ({"recipients": (KEK,)}, {"ciphers": ("A256GCM",)}):
+        rules = Policy(repositories=(RepositoryRule(name=REPOSITORY, **wanted),))  # type: ignore[arg-type]
+        node = Node(registry, made.keys.private, tmp_path, rules=rules, resources={KEK: SECRET})
+        for image in (ordinary, registry.digest("plain"), registry.forge("plain", borrow_packets)):
+            await refused(node, registry, image, "wrapping", reference=TAG)
+
+
+async def test_a_policy_that_changes_counts_for_the_next_pull(
+    made: World, registry: Registry, author: Keys, tmp_path: Path
+) -> None:
+    """Also for an image whose verdict is still remembered, and for a key that is taken back."""
+    digest = registry.digest("signed")
+    key = tmp_path / "trusted.pub"
+    shutil.copy(author.public, key)
+    node = Node(registry, made.keys.private, tmp_path, rules=trust(tmp_path, signed_by(key)))
+    assert (await node.prepare(registry, digest, TAG)).kind == "data"
+    shutil.copy(made.stranger.public, key)
+    with pytest.raises(SnapshotterError) as caught:
+        await node.prepare(registry, digest, TAG)
+    assert caught.value.reason == "unauthentic-image"
+    shutil.copy(author.public, key)
+    assert (await node.prepare(registry, digest, TAG)).kind == "data"
+    trust(tmp_path)
+    with pytest.raises(SnapshotterError) as caught:
+        await node.prepare(registry, digest, TAG)
+    assert caught.value.reason == "unauthentic-image"
 
 
 # what stands in the registry under another tag

@@ -111,6 +111,8 @@ PUBLIC = (
 )
 KEK = "kbs:///default/image-kek/app"
 
+LONG_KEK = "kbs:///default/image-kek/".ljust(512, "a")
+
 
 def with_rules(*rules: dict[str, object], mode: str = "open") -> ImagePolicy:
     return ImagePolicy.of(mode, Policy(repositories=tuple(RepositoryRule(**rule) for rule in rules)))  # type: ignore[arg-type]
@@ -193,3 +195,27 @@ def test_where_only_the_secret_kek_counts_nothing_else_opens_the_image() -> None
 def test_rules_that_cannot_be_kept_are_configuration_errors(rules: list[dict[str, object]]) -> None:
     with pytest.raises((ConfigError, BadReference)):
         with_rules(*rules)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"provider": "aliyun", "provider_settings": {"client_type": "client_key"}},
+        {"provider": None},
+        {"provider": ["kbs"]},
+        {"kid": LONG_KEK + "x"},
+        {"kid": [KEK]},
+        {"wrap_type": ["A256GCM"]},
+    ],
+)
+def test_a_packet_that_another_reader_would_take_for_something_else_is_not_under_the_kek(
+    changes: dict[str, object],
+) -> None:
+    """A Confidential Data Hub opens packets of other key services, whose keys anybody may have."""
+    subject = with_rules({"name": "registry.example:5000", "recipients": (LONG_KEK, KEK), "secret_kek": True})
+    foreign = {"kid": KEK, "wrapped_data": "", "iv": "", "wrap_type": "A256GCM", "version": "0.1.0"} | changes
+    both = packets((KEK, "A256GCM"), (LONG_KEK, "A256GCM"))
+    good = both[packet.ANNOTATION]
+    both[packet.ANNOTATION] += "," + base64.b64encode(json.dumps(foreign).encode()).decode()
+    admission = subject.check_wrapping(TAG, subject.admit(TAG, [MANIFEST]), both, Limits())
+    assert admission.usable(both, Limits()) == {packet.ANNOTATION: good}

@@ -10,7 +10,7 @@ from snapshotter.crypto.chunk import domain_secret_public
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import InvalidArgument, MalformedImage
 from snapshotter.keys.ocicrypt import Recipient
-from snapshotter.keys.packet import KEK_BYTES, Kek
+from snapshotter.keys.packet import Kek
 from snapshotter.keys.pkcs7 import Certificate
 from snapshotter.keys.resource import ResourceUri
 
@@ -73,7 +73,7 @@ def load_recipient(text: str) -> Recipient:
     """What a `--recipient` stands for, see RECIPIENT. Raises InvalidArgument."""
     scheme, _, rest = text.partition(":")
     if scheme == "kbs" and "=" in rest:
-        return _kek(text)
+        return load_kek(text)
     if scheme not in ("jwe", "pkcs7") or not rest:
         raise InvalidArgument(f"recipient {text!r}: write {RECIPIENT}")
     pem = _read(rest, _MAX_PEM)
@@ -87,16 +87,13 @@ def load_recipient(text: str) -> Recipient:
         raise InvalidArgument(f"recipient {rest}: {error}") from None
 
 
-def _kek(text: str) -> Kek:
+def load_kek(text: str) -> Kek:
+    """`kbs:///repository/type/tag=FILE`. Raises InvalidArgument."""
     name, _, path = text.partition("=")
     try:
-        uri = ResourceUri.parse(name)
+        return Kek.load(ResourceUri.parse(name), Path(path))
     except MalformedImage as error:
         raise InvalidArgument(f"recipient {name!r}: {error}") from None
-    key = _read(path, KEK_BYTES + 1)
-    if len(key) != KEK_BYTES:
-        raise InvalidArgument(f"recipient {name}: {path} must be {KEK_BYTES} bytes, exactly as the key broker has them")
-    return Kek(uri, SecretBytes(key))
 
 
 def _read(path: str, limit: int) -> bytes:

@@ -11,7 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from snapshotter import __version__
-from snapshotter.cli import audit, completion, explain, housekeeping, image, kbs, materialize, node, recipients
+from snapshotter.cli import (
+    audit,
+    completion,
+    explain,
+    housekeeping,
+    image,
+    kbs,
+    keyprovider,
+    materialize,
+    node,
+    recipients,
+)
 from snapshotter.cli.doctor import command as doctor
 from snapshotter.errors import SnapshotterError
 
@@ -48,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     materialize.register(commands)
     image.register(commands)
     recipients.register(commands)
+    keyprovider.register(commands)
     kbs.register(commands)
     audit.register(commands)
     completion.register(commands)

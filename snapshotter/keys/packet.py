@@ -12,6 +12,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Final
 
 import structlog
@@ -24,7 +25,7 @@ from snapshotter.config import Limits
 from snapshotter.crypto import encoding
 from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.crypto.secret import SecretBytes
-from snapshotter.errors import KeyDenied, MalformedImage, SnapshotterError, Unavailable
+from snapshotter.errors import InvalidArgument, KeyDenied, MalformedImage, SnapshotterError, Unavailable
 from snapshotter.keys import annotations as enc
 from snapshotter.keys.resource import Resources, ResourceUri
 
@@ -46,6 +47,22 @@ class Kek:
     key: SecretBytes = field(repr=False)
 
     annotation: ClassVar[str] = ANNOTATION
+
+    @classmethod
+    def load(cls, uri: ResourceUri, path: Path) -> "Kek":
+        """Of a file of exactly 32 bytes. Raises InvalidArgument naming file and resource."""
+        try:
+            if not path.is_file():
+                raise InvalidArgument(f"key {uri}: {path}: no such file")
+            with path.open("rb") as file:
+                key = file.read(KEK_BYTES + 1)
+        except OSError as error:
+            raise InvalidArgument(f"key {uri}: {path}: {error.strerror}") from error
+        except ValueError:
+            raise InvalidArgument(f"key {uri}: {str(path)!r}: not a file name") from None
+        if len(key) != KEK_BYTES:
+            raise InvalidArgument(f"key {uri}: {path} must be {KEK_BYTES} bytes, exactly as the key broker has them")
+        return cls(uri, SecretBytes(key))
 
     def wrap(self, options: SecretBytes) -> bytes:
         """A version 1 packet, which every reader knows, A256GCM under a fresh iv."""

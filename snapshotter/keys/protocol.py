@@ -32,6 +32,7 @@ from snapshotter.keys import wrapping
 log = structlog.get_logger(__name__)
 
 ANNOTATION_PREFIX: Final = labels.ENC_KEYS_PREFIX + "provider."
+WRAP_METHOD: Final = "/keyprovider.KeyProviderService/WrapKey"
 UNWRAP_METHOD: Final = "/keyprovider.KeyProviderService/UnWrapKey"
 _CONFIG_BYTES = 1 << 20
 _REPLY_BYTES = 256 << 10  # an array of integers takes four characters a byte

@@ -62,5 +62,6 @@ CLIENTS = {
         Client("conformance-2.4", "tests/conformance/go/v2", ("conformance",), tests=True),
         Client("conformance-1.7", "tests/conformance/go/v17", ("conformance",), tests=True),
         Client("cosign", "tests/clients/cosign", ("cosign",)),
+        Client("skopeo", "tests/clients/skopeo", ("skopeo",), "containers_image_openpgp exclude_graphdriver_btrfs"),
     )
 }

@@ -119,7 +119,7 @@ def test_recipients_that_are_none(work: Work) -> None:
             work, "convert", f"oci:{source}:tiny", f"oci:{work.path}/out:x", "--recipient", recipient
         )
         assert result.returncode == 2, result.stderr
-        assert "recipient" in result.stderr
+        assert recipient.partition("=")[0] in result.stderr
     assert not (work.path / "out").exists()
 
 

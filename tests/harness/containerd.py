@@ -126,9 +126,13 @@ class Containerd:
         return found
 
     def wait_connected(self) -> None:
-        """Until containerd reaches its snapshotter again: it redials with up to 3 s in between."""
-        listing = ("snapshots", "--snapshotter", self.layout.snapshotter, "ls")
-        until(lambda: self.try_ctr(*listing).returncode == 0, "containerd reaches the snapshotter")
+        """Until containerd reaches its snapshotter again: it redials with up to 3 s in between.
+
+        Listing would not show it: where containerd knows of no snapshot, it asks nobody.
+        """
+        key, named = self.new_identity(), ("snapshots", "--snapshotter", self.layout.snapshotter)
+        until(lambda: self.try_ctr(*named, "prepare", key).returncode == 0, "containerd reaches the snapshotter")
+        self.ctr(*named, "rm", key)
 
     @contextmanager
     def view(self, top: str, target: Path) -> Iterator[Path]:

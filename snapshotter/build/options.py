@@ -12,10 +12,11 @@ from snapshotter.errors import InvalidArgument, MalformedImage
 from snapshotter.keys.ocicrypt import Recipient
 from snapshotter.keys.packet import Kek
 from snapshotter.keys.pkcs7 import Certificate
+from snapshotter.keys.protocol import ProviderKeys
 from snapshotter.keys.resource import ResourceUri
 
 Domain: TypeAlias = Literal["image", "tenant", "public"]
-RECIPIENT: Final = "jwe:PUBLIC.pem, pkcs7:CERTIFICATE.pem or kbs:///repository/type/tag=KEKFILE"
+RECIPIENT: Final = "jwe:PUBLIC.pem, pkcs7:CERTIFICATE.pem, kbs:///repository/type/tag=KEKFILE or provider:NAME[:TEXT]"
 _HEX_SECRET = re.compile(rb"[0-9a-fA-F]{64}\n?")
 _MAX_PEM = 64 << 10
 _MAX_SECONDS = 253_402_300_799  # the year 9999, where RFC 3339 ends
@@ -69,9 +70,17 @@ def convergence_secret(domain: str, path: Path | None, random: bytes) -> SecretB
     raise InvalidArgument(f"convergence secret {path}: must be 32 raw bytes or 64 hex digits")
 
 
-def load_recipient(text: str) -> Recipient:
-    """What a `--recipient` stands for, see RECIPIENT. Raises InvalidArgument."""
+def load_recipient(text: str, ocicrypt_config: str = "") -> Recipient:
+    """What a `--recipient` stands for, see RECIPIENT; `ocicrypt_config` names key providers, "" for none.
+
+    Raises InvalidArgument, ConfigError.
+    """
     scheme, _, rest = text.partition(":")
+    if scheme == "provider" and rest:
+        if not ocicrypt_config:
+            raise InvalidArgument(f"recipient {text!r}: needs [keys] ocicrypt_config in the file of --config")
+        name, _, told = rest.partition(":")
+        return ProviderKeys.load(Path(ocicrypt_config)).recipient(name, told)
     if scheme == "kbs" and "=" in rest:
         return load_kek(text)
     if scheme not in ("jwe", "pkcs7") or not rest:

@@ -68,7 +68,7 @@ def _register_convert(commands: "Commands") -> None:
         metavar="WHO",
         help="who can read it: jwe:PUB.pem, the holder of that private key; pkcs7:CERT.pem, the same by a certificate "
         "(RSA); kbs:///repository/type/tag=FILE, whoever gets that key from the key broker, FILE being the same 32 "
-        "bytes; may be repeated",
+        "bytes; provider:NAME[:TEXT], whom a key provider of [keys] ocicrypt_config wraps for; may be repeated",
     )
     add("--plain", action="store_true", help="make a plain Nydus image, not confidential")
     add(
@@ -154,7 +154,7 @@ def _options(arguments: argparse.Namespace, config: "Config") -> "Options":
         raise InvalidArgument(f"--chunk-size: {error}") from error
     epoch = _source_date_epoch()
     return Options(
-        recipients=tuple(load_recipient(text) for text in arguments.recipient),
+        recipients=tuple(load_recipient(text, config.keys.ocicrypt_config) for text in arguments.recipient),
         plain=arguments.plain,
         domain=arguments.domain,
         secret=_secret(arguments, config),

@@ -146,7 +146,7 @@ async def _changed(found: "EncryptedManifest", arguments: argparse.Namespace, co
     from snapshotter.cli.opened import key_provider
 
     if arguments.action == "add":
-        wanted = [load_recipient(text) for text in arguments.recipient]
+        wanted = [load_recipient(text, config.keys.ocicrypt_config) for text in arguments.recipient]
         return await found.add(key_provider(arguments.key, config), wanted, config.limits)
     keks = [image.resource(text, "--recipient") for text in arguments.recipient]
     return found.remove(arguments.number, keks, config.limits)

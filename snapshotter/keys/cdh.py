@@ -13,10 +13,10 @@ from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import ConfigError, KeyDenied, Unavailable
 from snapshotter.keys import annotations as enc
-from snapshotter.keys import packet, protocol, ttrpc
+from snapshotter.keys import packet, ttrpc
 from snapshotter.keys.http import KeyService
 from snapshotter.keys.packet import PacketKeys
-from snapshotter.keys.protocol import ProviderKeys
+from snapshotter.keys.protocol import ProviderKeys, TtrpcService
 from snapshotter.keys.provider import KeyProvider
 from snapshotter.keys.resource import RESOURCE_BYTES, Resources, ResourceUri, denying
 from snapshotter.registry.retry import Clock, SystemClock, Transient
@@ -28,7 +28,7 @@ class CdhKeys:
     """CDH opens the packets."""
 
     def __init__(self, client: ttrpc.Client, *, accept_a256ctr: bool = False) -> None:
-        self._packets = ProviderKeys({"attestation-agent": CdhUnwrapper(client)})
+        self._packets = ProviderKeys({"attestation-agent": TtrpcService(client, "CDH")})
         self._accept_a256ctr = accept_a256ctr
 
     async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
@@ -38,20 +38,6 @@ class CdhKeys:
             for raw in enc.packets(annotations, packet.ANNOTATION, limits):
                 packet.check_authenticated(raw)
         return await self._packets.unwrap(annotations, limits)
-
-
-class CdhUnwrapper:
-    """An endpoint of the key provider protocol: CDH's UnWrapKey."""
-
-    def __init__(self, client: ttrpc.Client) -> None:
-        self._client = client
-
-    async def call(self, request: bytes) -> bytes:
-        """See protocol.Endpoint."""
-        service, method = protocol.UNWRAP_METHOD.strip("/").split("/")
-        answer = await self._client.call(service, method, ttrpc.bytes_field(1, request))
-        with denying("CDH"):
-            return ttrpc.last_bytes(ttrpc.parse(answer), 1)
 
 
 class CdhResources:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -27,7 +28,8 @@ from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import ConfigError, KeyDenied, MalformedImage, SnapshotterError, Unavailable
 from snapshotter.keys import annotations as enc
-from snapshotter.keys import wrapping
+from snapshotter.keys import ttrpc, wrapping
+from snapshotter.keys.resource import denying
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +45,7 @@ _END_SECONDS = 5.0
 class Endpoint(Protocol):
     """One configured provider."""
 
-    async def call(self, request: bytes) -> bytes:
+    async def call(self, request: bytes, method: str = UNWRAP_METHOD) -> bytes:
         """JSON in, JSON out (at most _REPLY_BYTES). Raises KeyDenied or Unavailable with a text for people."""
         ...
 
@@ -55,7 +57,8 @@ class Command:
     path: str
     arguments: tuple[str, ...] = ()
 
-    async def call(self, request: bytes) -> bytes:
+    async def call(self, request: bytes, _method: str = UNWRAP_METHOD) -> bytes:
+        """See Endpoint. The request itself says what is wanted."""
         pipe = asyncio.subprocess.PIPE
         try:
             process = await asyncio.create_subprocess_exec(
@@ -92,7 +95,8 @@ class Service:
     credentials: grpc.ChannelCredentials | None = None
     server_name: str = ""
 
-    async def call(self, request: bytes) -> bytes:
+    async def call(self, request: bytes, method: str = UNWRAP_METHOD) -> bytes:
+        """See Endpoint."""
         options: list[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", _REPLY_BYTES),
             ("grpc.enable_http_proxy", 0),  # a key never passes through a proxy of the environment
@@ -106,19 +110,55 @@ class Service:
         )
         async with channel:
             # Input and output are messages of one bytes field with number 1, which is what BytesValue is.
-            method = channel.unary_unary(
-                UNWRAP_METHOD,
+            rpc = channel.unary_unary(
+                method,
                 request_serializer=BytesValue.SerializeToString,
                 response_deserializer=BytesValue.FromString,
             )
             try:
-                reply: BytesValue = await method(BytesValue(value=request), timeout=_TIMEOUT_SECONDS)
+                reply: BytesValue = await rpc(BytesValue(value=request), timeout=_TIMEOUT_SECONDS)
             except grpc.aio.AioRpcError as error:
                 text = f"{self.address}: {error.code().name}"  # details are the peer's words and may quote the key
                 if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise Unavailable(text) from None
                 raise KeyDenied(text) from None
         return reply.value
+
+
+@dataclass(frozen=True, slots=True)
+class TtrpcService:
+    """A ttrpc service, which only ocicrypt-rs knows; CDH is one."""
+
+    client: ttrpc.Client
+    who: str
+
+    async def call(self, request: bytes, method: str = UNWRAP_METHOD) -> bytes:
+        """See Endpoint."""
+        service, _, name = method.strip("/").partition("/")
+        answer = await self.client.call(service, name, ttrpc.bytes_field(1, request))
+        with denying(self.who):
+            return ttrpc.last_bytes(ttrpc.parse(answer), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderRecipient:
+    """A recipient whose packets a key provider makes: `provider:NAME[:TEXT]`, as skopeo writes it."""
+
+    name: str
+    text: str
+    endpoint: Endpoint
+
+    @property
+    def annotation(self) -> str:
+        return ANNOTATION_PREFIX + self.name
+
+    def wrap(self, options: SecretBytes) -> bytes:
+        """See ocicrypt.Wrapper; blocks until the provider answers. Raises KeyDenied, Unavailable."""
+        request = _wrap_request(self.name, self.text, options)
+        with ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
+            reply = pool.submit(lambda: asyncio.run(self.endpoint.call(request, WRAP_METHOD))).result()
+        with denying(f"key provider {self.name}"), _result(reply, self.name, "keywrapresults", "annotation") as packet:
+            return packet.expose()
 
 
 class ProviderKeys:
@@ -142,6 +182,13 @@ class ProviderKeys:
         if not isinstance(providers, dict) or not all(isinstance(entry, dict) for entry in providers.values()):
             raise ConfigError(f"{what}: key-providers is not an object of objects")
         return cls({name: _endpoint(entry, f"{what}: {name}") for name, entry in providers.items()})
+
+    def recipient(self, name: str, text: str) -> ProviderRecipient:
+        """For layers that provider `name` is to wrap, which is told `text`. Raises ConfigError for an unknown one."""
+        endpoint = self._endpoints.get(name)
+        if endpoint is None:
+            raise ConfigError(f"key provider {name!r}: not configured; there is {', '.join(self._endpoints) or 'none'}")
+        return ProviderRecipient(name, text, endpoint)
 
     async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
         """See KeyProvider. Asks every configured provider that the layer names, for every packet."""
@@ -204,20 +251,37 @@ def _request(packet: bytes) -> bytes:
     return json.dumps(request, separators=(",", ":")).encode()
 
 
+def _wrap_request(name: str, text: str, options: SecretBytes) -> bytes:
+    parameters = {name: [encoding.b64_encode((text or "Enabled").encode())]}
+    wrap = {
+        "ec": {"Parameters": parameters, "DecryptConfig": {"Parameters": {}}},
+        "optsdata": encoding.b64_encode(options.expose()),
+    }
+    unwrap = {"dc": None, "annotation": None}
+    request = {"op": "keywrap", "keywrapparams": wrap, "keyunwrapparams": unwrap}
+    return json.dumps(request, separators=(",", ":")).encode()
+
+
 def _options(reply: bytes, name: str) -> SecretBytes:
     """The private options in a reply. Raises MalformedImage, which never repeats it."""
+    return _result(reply, name, "keyunwrapresults", "optsdata")
+
+
+def _result(reply: bytes, name: str, results_name: str, member: str) -> SecretBytes:
     what = f"reply of key provider {name}"
-    results = encoding.json_object(reply, what, _REPLY_BYTES).get("keyunwrapresults")
-    data = results.get("optsdata") if isinstance(results, dict) else None
+    results = encoding.json_object(reply, what, _REPLY_BYTES).get(results_name)
+    data = results.get(member) if isinstance(results, dict) else None
     if isinstance(data, str):
         return SecretBytes(encoding.b64_decode(data, what))
     if isinstance(data, list) and all(type(value) is int and 0 <= value < 256 for value in data):
         return SecretBytes(bytes(data))
-    raise MalformedImage(f"{what}: optsdata is neither base64 nor an array of bytes")
+    raise MalformedImage(f"{what}: {member} is neither base64 nor an array of bytes")
 
 
 def _endpoint(entry: dict[str, Any], what: str) -> Endpoint:
-    command, address = entry.get("cmd"), entry.get("grpc")
+    command, address, socket = entry.get("cmd"), entry.get("grpc"), entry.get("ttrpc")
+    if isinstance(socket, str) and socket.startswith("unix:///") and not (command or address):
+        return TtrpcService(ttrpc.Client(socket.removeprefix("unix://")), what)
     if isinstance(command, dict) and isinstance(command.get("path"), str) and address in (None, ""):
         arguments = command.get("args") or []
         if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
@@ -225,7 +289,7 @@ def _endpoint(entry: dict[str, Any], what: str) -> Endpoint:
         return Command(command["path"], tuple(arguments))
     if isinstance(address, str) and address and not command:
         return _service(address, entry.get("grpc-tls"), what)
-    raise ConfigError(f"{what}: needs either cmd.path or grpc; other transports are not supported")
+    raise ConfigError(f"{what}: needs one of cmd.path, grpc and ttrpc (unix:///…); other transports are not supported")
 
 
 def _service(address: str, tls: Any, what: str) -> Service:

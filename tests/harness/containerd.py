@@ -128,11 +128,18 @@ class Containerd:
     def wait_connected(self) -> None:
         """Until containerd reaches its snapshotter again: it redials with up to 3 s in between.
 
-        Listing would not show it: where containerd knows of no snapshot, it asks nobody.
+        A listing shows it only where containerd knows of a snapshot; otherwise it asks nobody, and one is made.
         """
         key, named = self.new_identity(), ("snapshots", "--snapshotter", self.layout.snapshotter)
-        until(lambda: self.try_ctr(*named, "prepare", key).returncode == 0, "containerd reaches the snapshotter")
-        self.ctr(*named, "rm", key)
+
+        def reached() -> bool:
+            listed = self.try_ctr(*named, "ls")
+            if listed.returncode or listed.stdout.count("\n") > 1:
+                return listed.returncode == 0
+            return self.try_ctr(*named, "prepare", key).returncode == 0
+
+        until(reached, "containerd reaches the snapshotter")
+        self.try_ctr(*named, "rm", key)
 
     @contextmanager
     def view(self, top: str, target: Path) -> Iterator[Path]:

@@ -14,15 +14,25 @@ import trustme
 from google.protobuf.wrappers_pb2 import BytesValue
 
 from snapshotter import labels
+from snapshotter.build.options import load_recipient
 from snapshotter.config import Keys, Limits
 from snapshotter.crypto import layer
 from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.crypto.secret import SecretBytes
-from snapshotter.errors import ConfigError, KeyDenied, LimitExceeded, MalformedImage, SnapshotterError, Unavailable
+from snapshotter.errors import (
+    ConfigError,
+    InvalidArgument,
+    KeyDenied,
+    LimitExceeded,
+    MalformedImage,
+    SnapshotterError,
+    Unavailable,
+)
 from snapshotter.keys import annotations as enc
 from snapshotter.keys import configured, ocicrypt, protocol
 from snapshotter.keys.protocol import ProviderKeys
 from snapshotter.keys.provider import AnyOf, FileKeys
+from tests.harness.ttrpc import TtrpcServer, field, first_field
 from tests.unit.keys import wrapping_provider
 from tests.unit.keys.conftest import Pair
 
@@ -101,6 +111,62 @@ async def test_a_service_on_a_unix_socket(tmp_path: Path, server: Server) -> Non
     await server.start(f"unix:{tmp_path}/kp.sock")
     provider = ProviderKeys.load(configuration(tmp_path, {"grpc": f"unix:{tmp_path}/kp.sock"}))
     assert await ocicrypt.decrypt_layer(*encrypted(), provider, Limits()) == PLAIN
+
+
+class Ttrpc(TtrpcServer):
+    """The same over ttrpc, as providers written in Rust speak it: results are arrays of integers."""
+
+    def __init__(self, path: Path) -> None:
+        methods = ("WrapKey", "UnWrapKey")
+        super().__init__(path, {("keyprovider.KeyProviderService", name): self.handle for name in methods})
+
+    async def handle(self, request: bytes) -> tuple[int, bytes]:
+        return 0, field(1, wrapping_provider.answer(first_field(request, 1), "integers"))
+
+
+@pytest.mark.parametrize("transport", ["program", "grpc", "ttrpc"])
+async def test_a_provider_wraps_and_unwraps(tmp_path: Path, server: Server, transport: str) -> None:
+    entry = program("integers")
+    if transport == "grpc":
+        entry = {"grpc": f"127.0.0.1:{await server.start('127.0.0.1:0')}"}
+    elif transport == "ttrpc":
+        entry = {"ttrpc": f"unix://{tmp_path}/kp.sock"}
+    path = configuration(tmp_path, entry)
+    async with Ttrpc(tmp_path / "kp.sock"):
+        recipient = load_recipient(f"provider:{NAME}:some text", str(path))
+        made = await asyncio.to_thread(ocicrypt.encrypt_layer, PLAIN, [recipient])
+        assert set(made[1]) == {labels.ENC_PUBOPTS, protocol.ANNOTATION_PREFIX + NAME}
+        assert await ocicrypt.decrypt_layer(*made, ProviderKeys.load(path), Limits()) == PLAIN
+
+
+async def test_a_provider_that_cannot_wrap(tmp_path: Path) -> None:
+    for entry, kind in (
+        (program("fail"), KeyDenied),
+        (program("garbage"), KeyDenied),
+        ({"cmd": {"path": "/absent"}}, Unavailable),
+    ):
+        recipient = load_recipient(f"provider:{NAME}", str(configuration(tmp_path, entry)))
+        with pytest.raises(kind) as caught:
+            await asyncio.to_thread(ocicrypt.encrypt_layer, PLAIN, [recipient])
+        assert "canary" not in str(caught.value)
+    with pytest.raises(ConfigError, match="'other': not configured; there is tenant"):
+        load_recipient("provider:other", str(configuration(tmp_path, program("base64"))))
+    with pytest.raises(InvalidArgument, match="ocicrypt_config"):
+        load_recipient("provider:tenant")
+
+
+async def test_a_wrapping_request_is_the_one_that_ocicrypt_sends(tmp_path: Path) -> None:
+    class Recorder:
+        async def call(self, request: bytes, method: str = "") -> bytes:
+            self.seen = method, json.loads(request)
+            return b'{"keywrapresults":{"annotation":"AAAA"}}'
+
+    recorder = Recorder()
+    assert ProviderKeys({NAME: recorder}).recipient(NAME, "keyid=x").wrap(SecretBytes(b"{}")) == bytes(3)
+    parameters = {"Parameters": {NAME: [base64.b64encode(b"keyid=x").decode()]}, "DecryptConfig": {"Parameters": {}}}
+    wrap = {"ec": parameters, "optsdata": base64.b64encode(b"{}").decode()}
+    wanted = {"op": "keywrap", "keywrapparams": wrap, "keyunwrapparams": {"dc": None, "annotation": None}}
+    assert recorder.seen == ("/keyprovider.KeyProviderService/WrapKey", wanted)
 
 
 async def test_a_service_is_authenticated_by_tls(tmp_path: Path, server: Server) -> None:
@@ -217,7 +283,7 @@ async def test_replies_of_another_form_are_refused(reply: object) -> None:
         {"grpc": ""},
         {"grpc": 1},
         {"grpc": "a:1", "cmd": {"path": "/x"}},
-        {"ttrpc": "unix:///x"},
+        {"ttrpc": "tcp://x"},
         {"grpc": "a:1", "grpc-tls": []},
         {"grpc": "a:1", "grpc-tls": {"insecure-skip-verify": True}},
         {"grpc": "a:1", "grpc-tls": {"root-ca-file": "/absent"}},

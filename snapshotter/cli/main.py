@@ -22,6 +22,7 @@ from snapshotter.cli import (
     materialize,
     node,
     recipients,
+    unseal,
 )
 from snapshotter.cli.doctor import command as doctor
 from snapshotter.errors import SnapshotterError
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     keyprovider.register(commands)
     kbs.register(commands)
     audit.register(commands)
+    unseal.register(commands)
     completion.register(commands)
     return top
 

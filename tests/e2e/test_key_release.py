@@ -3,6 +3,7 @@
 import hashlib
 import json
 import secrets
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from tests.harness import serve, tiny
 from tests.harness.broker import NAME, Broker
 from tests.harness.kbs import put
 from tests.harness.machine import Work
+from tests.unit.keys.test_sealed import NAME as SECRET
+from tests.unit.keys.test_sealed import SIGNER, jwk
+from tests.unit.keys.test_sealed import sealed as seal_secret
 
 
 def check(work: Work, image: str, keys: Mapping[str, Any]) -> tuple[int, str]:
@@ -109,6 +113,23 @@ def test_a_convergence_secret_that_the_broker_releases(work: Work, sealed: tuple
     ):
         with pytest.raises(RuntimeError, match=word):
             data("d", f"kbs:///tenant/convergence/{name}", *options)
+
+
+def test_a_sealed_secret_that_the_broker_releases(work: Work, sealed: tuple[Broker, str]) -> None:
+    broker, _ = sealed
+    put(broker.directory, SIGNER.removeprefix("kbs:///"), jwk())
+    put(broker.directory, SECRET.removeprefix("kbs:///"), b"canary of a secret")
+    path = work.directory("unseal") / "config.toml"
+    path.write_text(serve.toml({"keys": broker.keys(init_data=str(work.path / "init.toml"))}))
+    command = [*serve.PROGRAM, "unseal", "--config", str(path)]
+    for text, code in ((seal_secret(), 0), (seal_secret()[:-1] + "!", 11)):
+        result = subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, env=work.environment,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        assert result.returncode == code, result.stderr
+        assert result.stdout == ("" if code else "canary of a secret")
+        assert "canary" not in result.stderr
 
 
 def test_recipients_that_are_none(work: Work) -> None:

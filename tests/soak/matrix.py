@@ -59,9 +59,10 @@ def _part(count: int, number: int, say: Callable[[str], None]) -> tuple[Counter[
     with Work("soak-kills") as work:
         stage = Stage(work, settings={"erofs": {"driver": driver}})
         reached = {operation: stage.hits(operation) for operation in operations}
-        say(f"node {number}, driver {driver}: {sum(map(len, reached.values()))} pairs of an operation and a point")
+        pairs = sum(map(len, reached.values()))
+        say(f"node {number}, driver {driver}: {pairs} pairs of an operation and a point")
         for turn, (operation, point) in enumerate(_pairs(reached)):
-            if done.total() >= count:
+            if done.total() >= count and turn >= pairs:  # each pair at least once
                 break
             points = _victims(operation, point, reached[operation][point])
             try:

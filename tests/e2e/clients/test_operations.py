@@ -130,7 +130,7 @@ def test_ctr_exports_and_pushes_a_lazy_image(puller: Puller, images: Images, kin
     assert images.registry.get_manifest(f"t/{kind}", "pushed")[0]
     assert "not found" in puller.containerd.try_ctr("images", "export", str(archive), reference).stderr
     ctr("content", "fetch", "--plain-http", reference)
-    ctr("images", "export", str(archive), reference)
+    ctr("images", "export", "--local", str(archive), reference)  # of the transfer's stream ctr may lose the end
     assert archive.stat().st_size > sum(layer["size"] for layer in image.manifest["layers"])
     archive.unlink()
 

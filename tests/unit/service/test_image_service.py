@@ -115,7 +115,7 @@ async def test_calls_go_through_as_they_are(rig: Rig) -> None:
     [(method, asked, metadata, seconds)] = rig.backend.asked
     assert (method, asked, metadata["key"], metadata["k-bin"]) == ("/any.Service/Method", request, "v", b"\xff")
     assert seconds is not None
-    assert seconds <= 30
+    assert 0 < seconds < 31  # gRPC rounds what it sends up
     assert rig.listen.stat().st_mode & 0o777 == 0o600
 
 

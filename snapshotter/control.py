@@ -51,7 +51,10 @@ def send(sock: socket.socket, message: Message, fds: Sequence[int] = ()) -> None
 
 
 def receive(sock: socket.socket) -> tuple[Message, list[int]]:
-    """Receive one message; its fds are CLOEXEC and belong to the caller. Raises EOFError when the peer has closed."""
+    """Receive one message; its fds are CLOEXEC and belong to the caller.
+
+    Raises EOFError when the peer has closed, ConnectionResetError if it did so without reading what we sent.
+    """
     with _Assembly() as assembly:
         while (message := assembly.take(sock)) is None:
             pass

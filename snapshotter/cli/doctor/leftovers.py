@@ -22,7 +22,7 @@ def _listed(node: Node, op: str) -> list[dict[str, Any]]:
     """What snapshotd lists, without measuring."""
     try:
         return list(node.machine.stream(f"{node.config.root}/snapshotd.sock", {"op": op, "measured": False}))
-    except (FileNotFoundError, ConnectionRefusedError, TimeoutError, EOFError, ControlError):
+    except (FileNotFoundError, ConnectionError, TimeoutError, EOFError, ControlError):
         raise Skipped("snapshotd does not answer") from None
 
 

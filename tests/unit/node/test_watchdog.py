@@ -75,9 +75,7 @@ def test_a_frozen_worker_is_replaced_and_gets_everything(start: Callable[[], Nod
 
 def test_a_worker_that_took_over_at_a_reload_is_watched_like_the_one_before(start: Callable[[], Node]) -> None:
     node = start()
-    before = node.pids()["blobd"]
-    node.keeper.signal(signal.SIGHUP)
-    until(lambda: node.ready() and node.pids()["blobd"] != before, "new workers", 20)
+    node.reload()
     frozen = node.pids()["blobd"]
     os.kill(frozen, signal.SIGSTOP)
     until(lambda: not alive(frozen), "the frozen worker is killed", 20)

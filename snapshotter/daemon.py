@@ -146,8 +146,10 @@ class Daemon:
         settings, root = self._settings, Path(self._settings.root)
         monitor = server.Monitor(self._overview, self._server.calls, self._trail, root, settings.address, settings.mode)
         await monitor.start(settings.monitor.listen)
-        yield
-        await monitor.stop()
+        try:
+            yield
+        finally:
+            await monitor.stop()
 
     async def _drain(self) -> None:
         """Let calls end, then unmount the images that nobody uses."""

@@ -1,9 +1,11 @@
 """The longer queries of `store`."""
 
+_FROM = "FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id"
 COLUMNS = (
     "s.id, s.name, s.parent_id, s.kind, s.created_ns, s.updated_ns, s.size, s.inodes, s.ref, ifnull(p.name, '') "
-    "FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id"
+    f"{_FROM}"
 )
+INFO_COLUMNS = f"s.id, s.name, ifnull(p.name, ''), s.kind, s.created_ns, s.updated_ns {_FROM}"
 USERS = """
 WITH RECURSIVE above (image, id) AS (
     SELECT id, id FROM image
@@ -12,10 +14,6 @@ WITH RECURSIVE above (image, id) AS (
 )
 SELECT image, name FROM above JOIN snapshot USING (id) WHERE kind <> 3 ORDER BY id
 """
-INFO_COLUMNS = (
-    "s.id, s.name, ifnull(p.name, ''), s.kind, s.created_ns, s.updated_ns "
-    "FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id"
-)
 CHAIN = """
 WITH RECURSIVE chain (depth, id) AS (
     VALUES (0, ?)

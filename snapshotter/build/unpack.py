@@ -5,18 +5,23 @@ under numbers in a directory of their own. Only then is the tree laid out, top d
 no entry of an archive can lead anywhere else.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import structlog
 
 from snapshotter.build.stream import ByteStream, decompressed
 from snapshotter.build.tar import Entry, TarReader
 from snapshotter.build.tree import Budget, Directory, LayerTree, new_directory
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
-from snapshotter.errors import DigestMismatch, LimitExceeded
+from snapshotter.errors import BadLayer, DigestMismatch, LimitExceeded
 from snapshotter.formats.rafs6_write import Node
+
+log = structlog.get_logger(__name__)
 
 _STEP = 1 << 20
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -117,8 +122,13 @@ class LayerUnpacker:
                 os.mknod(self._staged(self._numbers), stat.S_IFMT(node.mode) | 0o600, node.rdev)
         staged = self._staged(node.chunks[0])
         if os.lstat(staged).st_nlink == 1:
-            _describe(staged, node)
-        os.link(staged, name, dst_dir_fd=parent, follow_symlinks=False)
+            _describe(staged, node, name)
+        try:
+            os.link(staged, name, dst_dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            if error.errno != errno.EMLINK:
+                raise
+            raise BadLayer(f"layer: {name!r}: more hard links than the file system allows") from None
 
     def _finish(self, directory: Directory, fd: int, path: bytes, is_new: bool) -> None:
         for name in directory.whiteouts - directory.names.keys():
@@ -127,9 +137,9 @@ class LayerUnpacker:
         if directory.opaque:
             os.setxattr(itself, _OPAQUE, b"y")
         if directory.node is not None:
-            _describe(itself, directory.node)
+            _describe(itself, directory.node, path)
         elif path:
-            _describe(itself, new_directory(0) if is_new else self._described_below(path))
+            _describe(itself, new_directory(0) if is_new else self._described_below(path), path)
 
     def _described_below(self, path: bytes) -> Node:
         """Metadata of the directory in the layers below that this layer only adds to; the default if there is none."""
@@ -166,13 +176,22 @@ def _copied(path: bytes, found: os.stat_result) -> Node:
     return node
 
 
-def _describe(path: bytes | Path, node: Node) -> None:
-    """Owner before mode and capabilities, which a change of owner takes away; times last."""
+def _describe(path: bytes | Path, node: Node, shown: bytes) -> None:
+    """Owner before mode and capabilities, which a change of owner takes away; times last. `shown`: for errors."""
     os.chown(path, node.uid, node.gid, follow_symlinks=False)
     if not stat.S_ISLNK(node.mode):
         os.chmod(path, stat.S_IMODE(node.mode))
     for name, value in node.xattrs.items():
-        os.setxattr(path, name, value, follow_symlinks=False)
+        try:
+            os.setxattr(path, name, value, follow_symlinks=False)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # the value, as of capabilities
+                raise BadLayer(f"layer: {shown!r}: xattr {name!r}: {error.strerror}") from None
+            if error.errno != errno.ENOTSUP:
+                raise
+            log.info(
+                "ignored an xattr that the file system does not know", xattr=os.fsdecode(name)
+            )  # as containerd does
     os.utime(path, ns=(node.mtime_ns, node.mtime_ns), follow_symlinks=False)
 
 

@@ -14,12 +14,14 @@ from typing import Final, NamedTuple, Protocol
 import aiohttp
 import msgspec
 import structlog
+from yarl import URL
 
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
 from snapshotter.errors import ConfigError, LimitExceeded, MalformedImage, NotFound, Unavailable
 from snapshotter.files import read_regular, write_atomic
 from snapshotter.image.signature import CLAIM_BYTES
+from snapshotter.keys.http import is_loopback
 from snapshotter.registry.reference import Reference
 from snapshotter.registry.transport import ImageSource
 
@@ -96,8 +98,8 @@ class Lookaside:
     """Simple signatures at BASE/<repository>@sha256=<hex>/signature-1, -2, … (containers-registries.d(5))."""
 
     def __init__(self, base: str) -> None:
-        """`base`: file:///… or https://…. Raises ConfigError."""
-        if not base.startswith(("file:///", "https://", "http://127.0.0.1", "http://localhost")):
+        """`base`: file:///…, https://… or, of this machine, http://…. Raises ConfigError."""
+        if not _is_base(base):
             raise ConfigError("config: policy.lookaside: write file:///DIRECTORY or https://…")
         self._base = base.rstrip("/")
 
@@ -122,6 +124,16 @@ class Lookaside:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Unavailable(f"lookaside signatures of {digest}: {type(error).__name__}") from None
         return found
+
+
+def _is_base(text: str) -> bool:
+    if text.startswith("file:///"):
+        return True
+    try:
+        url = URL(text)
+    except ValueError:
+        return False
+    return bool(url.host) and (url.scheme == "https" or (url.scheme == "http" and is_loopback(url.host or "")))
 
 
 async def _download(client: aiohttp.ClientSession, url: str) -> bytes | None:

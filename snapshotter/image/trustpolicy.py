@@ -6,6 +6,7 @@ kinds. Whatever else the format knows (Fulcio, Rekor, PKI) is refused when the p
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -16,6 +17,8 @@ from snapshotter.registry.reference import Reference
 
 MAX_BYTES = 1 << 20
 _WHAT = "policy.json"
+
+_WILDCARD = re.compile(r"\*(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)+")
 
 Key: TypeAlias = str | bytes  # a file, a kbs:/// resource, or the key itself
 
@@ -96,7 +99,10 @@ class TrustPolicy:
             transport: {scope: _rule(f"{transport}:{scope}", listed) for scope, listed in _object(found).items()}
             for transport, found in _object(transports).items()
         }
-        return cls(_rule("default", value["default"]), scopes.get("docker", {}))
+        docker = scopes.get("docker", {})
+        for scope in docker:
+            _check_scope(scope)
+        return cls(_rule("default", value["default"]), docker)
 
     def rule(self, reference: Reference) -> Rule:
         """The most specific scope that covers `reference`."""
@@ -121,6 +127,20 @@ def _scopes(reference: Reference) -> Iterator[str]:
         yield f"*.{domain}"
         domain = domain.partition(".")[2]
     yield ""
+
+
+def _check_scope(scope: str) -> None:
+    """A scope in a form that no reference has (`busybox`, `Registry.example/app`) would silently never match."""
+    if not scope or _WILDCARD.fullmatch(scope):
+        return
+    host, slash, _ = scope.partition("/")
+    whole = Reference.parse(scope if slash else f"{scope}/x")
+    matched = [str(whole), whole.name.replace("/library/", "/", 1)]  # docker.io/x may be meant as a namespace
+    if host != whole.host or (slash and scope not in matched):
+        raise MalformedImage(
+            f"{_WHAT}: docker:{scope[:100]}: matches no image; write the name in full and in lower case, as in "
+            "docker.io/library/busybox"
+        )
 
 
 def _rule(scope: str, listed: Any) -> Rule:

@@ -23,13 +23,14 @@ from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.errors import IntegrityError, SnapshotterError
 from snapshotter.keys import wrapping
 from snapshotter.keys.provider import KeyProvider
+from snapshotter.monitor.trail import outcome_of
 
 log = structlog.get_logger(__name__)
 
 NAME: Final = "audit.log"
 FILE_BYTES: Final = 8 << 20
 FILES: Final = 5
-LINE_BYTES: Final = 16 << 10
+LINE_BYTES: Final = 64 << 10  # seven members of 512 characters, of up to 12 bytes each in JSON
 _START: Final = "0" * 64
 _TEXT = 512  # characters of one member
 _KEKS = 8  # named in one line
@@ -107,8 +108,8 @@ class AuditedKeys:
         """See KeyProvider. Raises OSError when the log cannot be written."""
         try:
             private = await self._provider.unwrap(annotations, limits)
-        except SnapshotterError as error:
-            self._append(_keks(annotations, limits), error.reason)
+        except BaseException as error:  # also a call that is given up: the broker may have answered it
+            self._append(_keks(annotations, limits), outcome_of(error))
             raise
         try:
             self._append(private.kek, "released")

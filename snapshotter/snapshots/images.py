@@ -136,7 +136,7 @@ class Images:
         if isinstance(verdict, OrdinaryImage):
             return LayerVerdict("ordinary", None)
         if isinstance(verdict, EncryptedImage):
-            return self._encrypted(claim, verdict)
+            return self._encrypted(claim, verdict, request.namespace)
         kind = self._place(claim, verdict.image, verdict.chain)
         if kind == "ordinary":
             return LayerVerdict("ordinary", None)
@@ -155,7 +155,7 @@ class Images:
             )
         return LayerVerdict("image" if layer.chain_id == verdict.chain[-1] else "data", verdict.record())
 
-    def _encrypted(self, claim: LayerClaim, image: EncryptedImage) -> LayerVerdict:
+    def _encrypted(self, claim: LayerClaim, image: EncryptedImage, namespace: str) -> LayerVerdict:
         """The layer that containerd means, which is told by its place, since two layers may be equal."""
         chain = chain_ids(image.diff_ids)
         for number, (layer, own) in enumerate(zip(image.layers, chain, strict=True)):
@@ -166,14 +166,15 @@ class Images:
                     return LayerVerdict("ordinary")
                 if self._layers is None:
                     raise KeyDenied(f"image {image.reference}: is encrypted, and no key is configured")
-                return LayerVerdict("encrypted", unpack=partial(self._unpack, self._layers, claim, wanted))
+                return LayerVerdict("encrypted", unpack=partial(self._unpack, self._layers, claim, namespace, wanted))
         raise _chain_mismatch(claim, image)
 
     async def _unpack(
-        self, layers: WholeLayers, claim: LayerClaim, layer: EncryptedLayer, target: Path, staging: Path,
-        lower: Sequence[Path], going: Callable[[], bool],
+        self, layers: WholeLayers, claim: LayerClaim, namespace: str, layer: EncryptedLayer, target: Path,
+        staging: Path, lower: Sequence[Path], going: Callable[[], bool],
     ) -> None:  # fmt: skip
-        with self._trail.about(claim.manifest or claim.image, claim.image), self._trail.timed("unpack"):
+        about = self._trail.about(claim.manifest or claim.image, claim.image, namespace)
+        with about, self._trail.timed("unpack"):
             await layers.unpack(layer, target, staging, lower, going)
 
     def _place(self, claim: LayerClaim, image: LazyImage, chain: Sequence[str]) -> Literal["ordinary", "data", "image"]:

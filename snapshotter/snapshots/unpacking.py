@@ -38,11 +38,20 @@ class Unpacking:
         attributes: RootAttributes,
         done: Callable[[Path, Usage], Awaitable[None]],
     ) -> None:
-        """Unpack into a new directory and give it to `done`, or wait for whoever is at it. Raises what they raise."""
-        task = self._tasks.get(key)
-        if task is None:
-            task = self._tasks[key] = asyncio.create_task(self._run(unpack, lower, attributes, done))
-            task.add_done_callback(lambda _: self._tasks.pop(key, None))
+        """Unpack into a new directory and give it to `done`, unless somebody is at it and succeeds. Raises as `unpack`.
+
+        That another image, which claims to hold the same layer, could not be unpacked says nothing about this one.
+        """
+        while (task := self._tasks.get(key)) is not None:
+            try:
+                await asyncio.shield(task)
+                return
+            except Exception as error:
+                if self._stopping:
+                    raise
+                log.info("unpacking a layer that somebody else could not", error=str(error))
+        task = self._tasks[key] = asyncio.create_task(self._run(unpack, lower, attributes, done))
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
         await asyncio.shield(task)
 
     async def stop(self) -> None:

@@ -23,6 +23,7 @@ def test_the_most_specific_scope_counts() -> None:
     scopes = [
         "registry.example:5000/team/app:1", f"registry.example:5000/team/app@{DIGEST}",
         "registry.example:5000/team/app", "registry.example:5000/team", "registry.example:5000", "*.example", "",
+        "docker.io", "docker.io/someone", "docker.io/library/alpine", "localhost/app", "[::1]:5000",
     ]  # fmt: skip
     policy = parse({"default": REJECT, "transports": {"docker": dict.fromkeys(scopes, ACCEPT)}})
     cases = {
@@ -34,7 +35,12 @@ def test_the_most_specific_scope_counts() -> None:
         "registry.example:5000/teams/app:1": "registry.example:5000",
         "other.example/app": "*.example",
         "deep.other.example/app": "*.example",
-        "busybox": "",
+        "busybox": "docker.io",
+        "someone/app": "docker.io/someone",
+        "alpine:3": "docker.io/library/alpine",
+        "localhost/app": "localhost/app",
+        "[::1]:5000/app": "[::1]:5000",
+        "other.test/app": "",
     }
     for reference, scope in cases.items():
         assert policy.rule(Reference.parse(reference)).scope == f"docker:{scope}", reference
@@ -43,6 +49,17 @@ def test_the_most_specific_scope_counts() -> None:
 def test_images_outside_every_scope_get_the_default() -> None:
     policy = parse({"default": REJECT, "transports": {"docker": {"registry.example": ACCEPT}, "dir": {"": ACCEPT}}})
     assert policy.rule(Reference.parse("other.example/app")).requirements == ("reject",)
+
+
+@pytest.mark.parametrize(
+    "scope",
+    ["busybox", "library/busybox", "docker.io/busybox:1", "index.docker.io/library/busybox", "Registry.example",
+     "Registry.example/app", "registry.example/App", "registry.example/", "*", "*.Example", "*example", "x.example/a b",
+     "registry.example/app:", "registry.example/app@sha256:12"],
+)  # fmt: skip
+def test_a_scope_that_could_never_match_is_refused(scope: str) -> None:
+    with pytest.raises(ConfigError, match="policy test: "):
+        parse({"default": ACCEPT, "transports": {"docker": {scope: REJECT}}})
 
 
 def test_keys_by_name_and_by_content() -> None:

@@ -1,5 +1,6 @@
 """The key-access audit log: what is in it, and that no line can be changed, removed or inserted unnoticed."""
 
+import asyncio
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,32 @@ async def test_who_which_image_which_key_when_and_how_it_ended(tmp_path: Path) -
     assert {**SUBJECT, "by": "files", "kek": "pkcs7", "outcome": "no-key"}.items() <= second.items()
     assert (tmp_path / audit.NAME).stat().st_mode & 0o777 == 0o600
     assert b"kkkk" not in (tmp_path / audit.NAME).read_bytes()
+
+
+async def test_a_call_that_is_given_up_is_in_the_log(tmp_path: Path) -> None:
+    class Waits(Answers):
+        async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
+            return await asyncio.Future()
+
+    log = AuditLog(tmp_path)
+    provider = AuditedKeys("kbs", Waits(KeyDenied("")), log, lambda: SUBJECT)
+    call = asyncio.create_task(provider.unwrap({labels.ENC_KEYS_PKCS7: "AAAA"}, Limits()))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    log.close()
+    [entry] = audit.read(tmp_path)
+    assert (entry["kek"], entry["outcome"]) == ("pkcs7", "cancelled")
+
+
+def test_the_longest_line_is_read_again(tmp_path: Path) -> None:
+    longest = "\U0001d11e" * 1000
+    for _ in range(2):
+        log = AuditLog(tmp_path)
+        log.append(**dict.fromkeys(SUBJECT, longest), by=longest, kek=longest, outcome=longest)
+        log.close()
+    assert [entry["n"] for entry in audit.read(tmp_path)] == [1, 2]
 
 
 async def test_a_key_that_cannot_be_accounted_for_is_not_used(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Nothing of the system's containerd is touched.
 import copy
 import itertools
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -106,11 +106,27 @@ class Containerd:
     def run(
         self, reference: str, *command: str, options: Sequence[str] = (), timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in a new container of an image that is here, and remove the container."""
-        return subprocess.run(
-            self.run_command(self.new_identity(), reference, command, *options), capture_output=True, text=True,
-            errors="replace", timeout=timeout, env=self.environment, check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        """Run a command in a new container of an image that is here, and remove the container. See `logged`."""
+        identity = self.new_identity()
+        with self.logged(identity) as (to_log, read):
+            result = subprocess.run(
+                self.run_command(identity, reference, command, *to_log, *options), capture_output=True, text=True,
+                errors="replace", timeout=timeout, env=self.environment, check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            result.stdout = read()
+        return result
+
+    @contextmanager
+    def logged(self, name: str) -> Iterator[tuple[Sequence[str], Callable[[], str]]]:
+        """Options of ctr that have all that a process writes put into a file, and what reads it.
+
+        The pipes of ctr lose all of it when the process has ended before ctr has come to open them.
+        """
+        log = self.home / f"{name}.log"
+        try:
+            yield ("--log-uri", f"file://{log}"), lambda: log.read_text(errors="replace") if log.exists() else ""
+        finally:
+            log.unlink(missing_ok=True)
 
     def start(self, reference: str, *command: str, options: Sequence[str] = ()) -> "Container":
         """Start a container and leave it running."""
@@ -210,12 +226,19 @@ class Container:
         return self.process.stdout
 
     def wait_running(self, timeout: float = 60) -> None:
+        """Not only created, when its first process is still runc's. What does not run in time is killed."""
+
         def running() -> bool:
             if self.process.poll() is not None:
                 raise RuntimeError(f"container {self.identity} ended: {self.stdout.read()[-2000:]}")
-            return f"{self.identity} " in self._daemon.ctr("tasks", "ls")
+            tasks = (line.split() for line in self._daemon.ctr("tasks", "ls").splitlines())
+            return any(task[0] == self.identity and task[2] == "RUNNING" for task in tasks)
 
-        until(running, f"container {self.identity} runs", timeout)
+        try:
+            until(running, f"container {self.identity} runs", timeout)
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def pid(self) -> int:
@@ -224,12 +247,13 @@ class Container:
         return next(int(line[1]) for line in lines if line[0] == self.identity)
 
     def exec(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run a command inside and return its result."""
+        """Run a command inside and return its result; see `logged`."""
         name = f"exec-{next(self._execs)}"
-        return self._daemon.try_ctr(
-            "tasks", "exec", "--fifo-dir", str(self._daemon.home / "fifo"), "--exec-id", name, self.identity, *command,
-            timeout=timeout,
-        )  # fmt: skip
+        with self._daemon.logged(f"{self.identity}-{name}") as (to_log, read):
+            result = self._daemon.try_ctr("tasks", "exec", *to_log, "--exec-id", name, self.identity, *command,
+                                          timeout=timeout)  # fmt: skip
+            result.stdout = read()
+        return result
 
     def kill(self) -> None:
         """SIGKILL the container and wait until `ctr run` has removed it."""

@@ -385,7 +385,8 @@ class Stage:
         self._check_containerd()
         if not thorough:
             return
-        assert self.containerd.run(self.app, "/bin/cat", "/data/small").stdout == "small 1\n", "a new container runs"
+        result = self.containerd.run(self.app, "/bin/cat", "/data/small")
+        assert result.stdout == "small 1\n", f"a new container ends with {result.returncode}: {result.stderr}"
 
     def _check_directories(self) -> None:
         """Every snapshot has its directory, and there are no others."""

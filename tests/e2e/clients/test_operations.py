@@ -80,7 +80,7 @@ def test_a_read_only_container(puller: Puller, images: Images, kind: str) -> Non
     assert puller.shell(reference, READ_ALL, "--read-only") == expected()
     refused = puller.containerd.run(reference, "/bin/touch", "/data/new", options=["--read-only"])
     assert refused.returncode != 0
-    assert "Read-only file system" in refused.stderr
+    assert "Read-only file system" in refused.stdout
 
 
 @pytest.mark.parametrize("kind", ["sealed", "ordinary"])

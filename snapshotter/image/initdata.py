@@ -23,11 +23,16 @@ def with_initdata(settings: Config) -> Config:
     """The configuration with `[policy]` of the initdata laid over its own; unchanged if none is configured.
 
     Pins and rules add up; of two rules for one name, and of everything else, initdata's counts. Raises ConfigError,
-    also for initdata without a policy, which is a mistake.
+    also for initdata without a policy, which is a mistake. What is obeyed is what is attested: the KBS is sent the same.
     """
     path = settings.policy.initdata
     if not path:
         return settings
+    kbs = settings.keys.kbs
+    if kbs.init_data not in ("", path):
+        raise ConfigError(
+            f"config: policy.initdata is {path}, but keys.kbs.init_data, which is attested, {kbs.init_data}"
+        )
     raw = read_regular(Path(path), _BYTES)
     if raw is None:
         raise ConfigError(f"initdata {path}: cannot be read, or is larger than {_BYTES} bytes")
@@ -43,7 +48,8 @@ def with_initdata(settings: Config) -> Config:
         initdata=path,
         repositories=tuple({rule.name: rule for rule in (*own.repositories, *stated.repositories)}.values()),
     )
-    return msgspec.structs.replace(settings, policy=policy)
+    keys = msgspec.structs.replace(settings.keys, kbs=msgspec.structs.replace(kbs, init_data=path))
+    return msgspec.structs.replace(settings, policy=policy, keys=keys)
 
 
 def _policy(raw: bytes, path: str) -> Policy:

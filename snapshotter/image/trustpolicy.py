@@ -5,7 +5,6 @@ kinds. Whatever else the format knows (Fulcio, Rekor, PKI) is refused when the p
 """
 
 import base64
-import binascii
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -181,7 +180,7 @@ def _keys(value: dict[str, Any], where: str) -> tuple[Key, ...]:
         return tuple(listed)
     try:
         return tuple(base64.b64decode(item, validate=True) for item in listed)
-    except binascii.Error:
+    except ValueError:  # also for what is not ASCII
         raise MalformedImage(f"{where}: {name} is not base64") from None
 
 

@@ -42,7 +42,7 @@ class AuditLog:
     def __init__(self, root: Path) -> None:
         """Continues what is there. A line that a crash left unfinished was never acted upon and is cut off."""
         self._path = root / NAME
-        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = _open(self._path)
         self.entries, self.head = self._last()
 
     def append(self, **members: str) -> None:
@@ -85,12 +85,17 @@ class AuditLog:
         return _position(_decode(lines[-1], self._path.name))
 
     def _rotate(self) -> None:
+        """Whatever fails leaves the log as it is: a file that is open and in its place."""
+        path = self._path.with_name(f"{NAME}.new")
+        path.unlink(missing_ok=True)
+        new = _open(path)
         for number in range(FILES - 1, 0, -1):
             newer = _numbered(self._path, number - 1)
             if newer.exists():
                 newer.rename(_numbered(self._path, number))
+        path.rename(self._path)
         os.close(self._fd)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = new
 
 
 class AuditedKeys:
@@ -140,6 +145,9 @@ def read(root: Path) -> Iterator[dict[str, Any]]:
             continue
         with path.open("rb") as file:
             while line := file.readline(LINE_BYTES + 1):
+                if number == 0 and not line.endswith(b"\n") and len(line) < LINE_BYTES:
+                    log.warning("the last line of the audit log is unfinished", file=path.name)
+                    break  # of a crash, or being written; it was not acted upon
                 entry = _decode(line, path.name)
                 n, _ = _position(entry)
                 if previous is None:  # only where the oldest file was let go may the beginning be missing
@@ -152,6 +160,10 @@ def read(root: Path) -> Iterator[dict[str, Any]]:
 
 def broken(text: str) -> IntegrityError:
     return IntegrityError(f"audit log: {text}", reason="audit-chain")
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def _numbered(path: Path, number: int) -> Path:

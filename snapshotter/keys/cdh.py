@@ -4,16 +4,12 @@ Over its ttrpc socket it opens packets itself (UnWrapKey, so it may ask any key 
 (GetResource); over the guest's REST endpoint it does the latter.
 """
 
-from collections.abc import Mapping
 from typing import Final
 
 from snapshotter import config
-from snapshotter.config import Limits
-from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import ConfigError, KeyDenied, Unavailable
-from snapshotter.keys import annotations as enc
-from snapshotter.keys import packet, ttrpc
+from snapshotter.keys import ttrpc
 from snapshotter.keys.http import KeyService
 from snapshotter.keys.packet import PacketKeys
 from snapshotter.keys.protocol import ProviderKeys, TtrpcService
@@ -22,22 +18,6 @@ from snapshotter.keys.resource import RESOURCE_BYTES, Resources, ResourceUri, de
 from snapshotter.registry.retry import Clock, SystemClock, Transient
 
 _UNIX: Final = "unix://"
-
-
-class CdhKeys:
-    """CDH opens the packets."""
-
-    def __init__(self, client: ttrpc.Client, *, accept_a256ctr: bool = False) -> None:
-        self._packets = ProviderKeys({"attestation-agent": TtrpcService(client, "CDH")})
-        self._accept_a256ctr = accept_a256ctr
-
-    async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
-        """See KeyProvider. CDH would open an unauthenticated packet without a word, so it is not asked to."""
-        enc.check_size(annotations, limits)
-        if not self._accept_a256ctr:
-            for raw in enc.packets(annotations, packet.ANNOTATION, limits):
-                packet.check_authenticated(raw)
-        return await self._packets.unwrap(annotations, limits)
 
 
 class CdhResources:
@@ -81,7 +61,8 @@ def provider(settings: config.Cdh, *, accept_a256ctr: bool) -> KeyProvider:
         return PacketKeys(resources(settings), accept_a256ctr=accept_a256ctr)
     if not settings.address.startswith(_UNIX):
         raise ConfigError('config: keys.cdh.unwrap: must be "here" with a REST address, which only has resources')
-    return CdhKeys(_client(settings), accept_a256ctr=accept_a256ctr)
+    opener = TtrpcService(_client(settings), "CDH")
+    return ProviderKeys({"attestation-agent": opener}, accept_a256ctr=accept_a256ctr)
 
 
 def resources(settings: config.Cdh) -> Resources:

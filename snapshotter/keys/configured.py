@@ -6,6 +6,8 @@ What speaks to key brokers is imported only where one is configured: clients wai
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from snapshotter import config
 from snapshotter.errors import ConfigError
 from snapshotter.keys.provider import AnyOf, FileKeys, KeyProvider
@@ -23,7 +25,9 @@ def provider(
     if keys.ocicrypt_config:
         from snapshotter.keys.protocol import ProviderKeys
 
-        providers.append(watch("ocicrypt", ProviderKeys.load(Path(keys.ocicrypt_config))))
+        providers.append(
+            watch("ocicrypt", ProviderKeys.load(Path(keys.ocicrypt_config), accept_a256ctr=keys.accept_a256ctr))
+        )
     if keys.cdh.address:
         from snapshotter.keys import cdh
 
@@ -37,7 +41,7 @@ def provider(
 
 
 def resources(keys: config.Keys) -> Resources:
-    """Who hands out `kbs:///` resources: CDH, else the KBS. Raises ConfigError, also when neither is configured."""
+    """Who hands out `kbs:///` resources, each time anew: CDH, else the KBS. Raises ConfigError if neither is there."""
     if keys.cdh.address:
         from snapshotter.keys import cdh
 
@@ -45,7 +49,7 @@ def resources(keys: config.Keys) -> Resources:
     if keys.kbs.url:
         from snapshotter.keys import kbs
 
-        return kbs.client(keys.kbs)
+        return kbs.client(msgspec.structs.replace(keys.kbs, cache_seconds=0))
     raise ConfigError("config: a kbs:/// resource needs keys.kbs.url or keys.cdh.address")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import structlog
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from cryptography.x509 import load_pem_x509_certificate
@@ -184,7 +185,7 @@ def _signer(path: str) -> ec.EllipticCurvePublicKey:
     pem = _read(path, "token_signer")
     try:
         key = load_pem_x509_certificate(pem).public_key() if b"CERTIFICATE" in pem else load_pem_public_key(pem)
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ConfigError(f"config: keys.kbs.token_signer {path}: not a PEM certificate or public key of P-256")

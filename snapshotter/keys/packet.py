@@ -142,20 +142,21 @@ class PacketKeys:
         self._wrap_types = frozenset(_IV_BYTES) if accept_a256ctr else frozenset(("A256GCM",))
 
     async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
-        """See KeyProvider. Tries every packet; one broken packet does not hide a good one."""
+        """See KeyProvider. Tries every packet; one broken packet does not hide a good one, a silent broker does."""
         enc.check_size(annotations, limits)
         refusals: list[SnapshotterError] = []
         for raw in enc.packets(annotations, ANNOTATION, limits):
             try:
                 return await self._open(Packet.parse(raw))
+            except Unavailable:  # each further packet would wait as long
+                raise
             except SnapshotterError as error:
                 log.info("layer key not released", error=str(error), reason=error.reason)
                 refusals.append(error)
         if not refusals:
             present = ", ".join(scheme[:60] for scheme in enc.schemes(annotations)[:8]) or "nothing"
             raise KeyDenied(f"layer key: wrapped for {present}; the key broker opens only provider.attestation-agent")
-        # One that may answer later decides: a retry can help.
-        raise next((error for error in refusals if isinstance(error, Unavailable)), refusals[0])
+        raise refusals[0]
 
     async def _open(self, packet: Packet) -> LayerPrivate:
         if packet.wrap_type not in self._wrap_types:

@@ -1,6 +1,6 @@
 """Client of the ocicrypt key provider protocol: an external program or gRPC service unwraps the layer key.
 
-The configuration is ocicrypt's own file (`{"key-providers": {NAME: {"cmd": …} | {"grpc": …}}}`). For annotation
+The configuration is ocicrypt's own file (`{"key-providers": {NAME: {"cmd"|"grpc"|"ttrpc": …}}}`). For annotation
 `enc.keys.provider.NAME` the packet goes to NAME as JSON, and the private options come back, as base64 (Go) or as an
 array of integers (Rust).
 """
@@ -28,7 +28,8 @@ from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import ConfigError, KeyDenied, MalformedImage, SnapshotterError, Unavailable
 from snapshotter.keys import annotations as enc
-from snapshotter.keys import ttrpc, wrapping
+from snapshotter.keys import packet, ttrpc, wrapping
+from snapshotter.keys.http import is_loopback
 from snapshotter.keys.resource import denying
 
 log = structlog.get_logger(__name__)
@@ -157,18 +158,19 @@ class ProviderRecipient:
         request = _wrap_request(self.name, self.text, options)
         with ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
             reply = pool.submit(lambda: asyncio.run(self.endpoint.call(request, WRAP_METHOD))).result()
-        with denying(f"key provider {self.name}"), _result(reply, self.name, "keywrapresults", "annotation") as packet:
-            return packet.expose()
+        with denying(f"key provider {self.name}"), _result(reply, self.name, "keywrapresults", "annotation") as made:
+            return made.expose()
 
 
 class ProviderKeys:
     """Layer keys from the providers of an ocicrypt configuration."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+    def __init__(self, endpoints: Mapping[str, Endpoint], *, accept_a256ctr: bool = False) -> None:
         self._endpoints = dict(endpoints)
+        self._accept_a256ctr = accept_a256ctr
 
     @classmethod
-    def load(cls, path: Path) -> "ProviderKeys":
+    def load(cls, path: Path, *, accept_a256ctr: bool = False) -> "ProviderKeys":
         """Read the file that OCICRYPT_KEYPROVIDER_CONFIG names elsewhere. Raises ConfigError naming the provider."""
         what = f"key provider configuration {path}"
         try:
@@ -181,7 +183,8 @@ class ProviderKeys:
         providers = value.get("key-providers")
         if not isinstance(providers, dict) or not all(isinstance(entry, dict) for entry in providers.values()):
             raise ConfigError(f"{what}: key-providers is not an object of objects")
-        return cls({name: _endpoint(entry, f"{what}: {name}") for name, entry in providers.items()})
+        endpoints = {name: _endpoint(entry, f"{what}: {name}") for name, entry in providers.items()}
+        return cls(endpoints, accept_a256ctr=accept_a256ctr)
 
     def recipient(self, name: str, text: str) -> ProviderRecipient:
         """For layers that provider `name` is to wrap, which is told `text`. Raises ConfigError for an unknown one."""
@@ -191,25 +194,31 @@ class ProviderKeys:
         return ProviderRecipient(name, text, endpoint)
 
     async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
-        """See KeyProvider. Asks every configured provider that the layer names, for every packet."""
+        """See KeyProvider. Asks every configured provider that the layer names, for every packet while it answers."""
         enc.check_size(annotations, limits)
         refusals: list[SnapshotterError] = []
         for name, endpoint in self._endpoints.items():
-            for packet in enc.packets(annotations, ANNOTATION_PREFIX + name, limits):
+            for raw in enc.packets(annotations, ANNOTATION_PREFIX + name, limits):
                 try:
-                    with _options(await endpoint.call(_request(packet)), name) as options:
-                        return LayerPrivate.parse(
-                            options, wrapping.recipient(f"provider.{name}", packet) or f"provider:{name}"
-                        )
+                    return await self._ask(name, endpoint, raw)
                 except SnapshotterError as error:
                     log.info("key provider refused", provider=name, error=str(error), reason=error.reason)
                     refusals.append(error)
+                    if isinstance(error, Unavailable):
+                        break
         if not refusals:
             present = ", ".join(scheme[:60] for scheme in enc.schemes(annotations)[:8]) or "nothing"
             configured = ", ".join(self._endpoints) or "none"
             raise KeyDenied(f"layer key: wrapped for {present}; configured key providers: {configured}")
         # One that may answer later decides: a retry can help.
         raise next((error for error in refusals if isinstance(error, Unavailable)), refusals[0])
+
+    async def _ask(self, name: str, endpoint: Endpoint, raw: bytes) -> LayerPrivate:
+        """A CDH would open an unauthenticated packet without a word, so it is not asked to."""
+        if ANNOTATION_PREFIX + name == packet.ANNOTATION and not self._accept_a256ctr:
+            packet.check_authenticated(raw)
+        with _options(await endpoint.call(_request(raw)), name) as options:
+            return LayerPrivate.parse(options, wrapping.recipient(f"provider.{name}", raw) or f"provider:{name}")
 
 
 async def _exchange(process: asyncio.subprocess.Process, request: bytes) -> bytes:
@@ -231,11 +240,11 @@ async def _exchange(process: asyncio.subprocess.Process, request: bytes) -> byte
 
 async def _end(process: asyncio.subprocess.Process) -> None:
     """Leave no process and no pipe behind, whatever state they are in."""
-    if process.returncode is not None:
+    assert process.stdout
+    if process.returncode is not None and process.stdout.at_eof():
         return
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    assert process.stdout
+        os.killpg(process.pid, signal.SIGKILL)  # also what it has left behind, which may hold the pipe
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_END_SECONDS):
             while await process.stdout.read(_REPLY_BYTES):
@@ -243,9 +252,9 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-def _request(packet: bytes) -> bytes:
+def _request(raw: bytes) -> bytes:
     """As Go's ocicrypt writes it; Parameters is an object because Rust peers accept nothing else."""
-    unwrap = {"dc": {"Parameters": {}}, "annotation": encoding.b64_encode(packet)}
+    unwrap = {"dc": {"Parameters": {}}, "annotation": encoding.b64_encode(raw)}
     wrap = {"ec": None, "optsdata": None}
     request = {"op": "keyunwrap", "keywrapparams": wrap, "keyunwrapparams": unwrap}
     return json.dumps(request, separators=(",", ":")).encode()
@@ -294,6 +303,8 @@ def _endpoint(entry: dict[str, Any], what: str) -> Endpoint:
 
 def _service(address: str, tls: Any, what: str) -> Service:
     if tls is None:
+        if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0])):
+            raise ConfigError(f"{what}: grpc without grpc-tls is for loopback and unix:, the answer holds a layer key")
         return Service(address)
     if not isinstance(tls, dict) or tls.get("insecure-skip-verify"):
         raise ConfigError(f"{what}: grpc-tls is not an object, or turns verification off, which is not supported")

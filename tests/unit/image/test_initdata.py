@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from snapshotter.config import Config, Policy, RepositoryRule
+from snapshotter.config import Config, Kbs, Keys, Policy, RepositoryRule
 from snapshotter.errors import ConfigError
 from snapshotter.image.initdata import with_initdata
 
@@ -54,3 +55,11 @@ def test_initdata_without_a_policy_that_is_understood_is_refused(tmp_path: Path,
 def test_a_missing_initdata_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         with_initdata(Config(policy=Policy(initdata=str(tmp_path / "none"))))
+
+
+def test_what_is_obeyed_is_what_is_attested(tmp_path: Path) -> None:
+    wanted = settings(tmp_path, document(f'[policy]\npins = ["{A}"]\n'), Policy())
+    assert with_initdata(wanted).keys.kbs.init_data == wanted.policy.initdata
+    other = Keys(kbs=Kbs(init_data="/run/other.toml"))
+    with pytest.raises(ConfigError, match=r"keys\.kbs\.init_data, which is attested, /run/other\.toml"):
+        with_initdata(msgspec.structs.replace(wanted, keys=other))

@@ -115,10 +115,27 @@ def test_a_rotation_that_a_crash_interrupted_is_found_again(tmp_path: Path) -> N
     assert [entry["n"] for entry in audit.read(tmp_path)] == [1, 2, 3, 4]
 
 
+def test_a_rotation_that_fails_leaves_the_log_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "FILE_BYTES", 1)
+    written(tmp_path, 3)
+    log = AuditLog(tmp_path)
+    obstacle = tmp_path / f"{audit.NAME}.new"
+    obstacle.mkdir()
+    for _ in range(audit.FILES):
+        with pytest.raises(OSError, match=r"audit\.log\.new"):
+            log.append(**SUBJECT, by="kbs", kek="", outcome="released")
+    assert [entry["n"] for entry in audit.read(tmp_path)] == [1, 2, 3]
+    obstacle.rmdir()
+    log.append(**SUBJECT, by="kbs", kek="", outcome="released")
+    log.close()
+    assert [entry["n"] for entry in audit.read(tmp_path)] == [1, 2, 3, 4]
+
+
 @pytest.mark.allow_warnings
 def test_an_unfinished_line_is_cut_off(tmp_path: Path) -> None:
     lines = written(tmp_path)
     (tmp_path / audit.NAME).write_bytes(b"".join(lines) + lines[0][:50])
+    assert [entry["n"] for entry in audit.read(tmp_path)] == [1, 2, 3, 4, 5], "to a reader it is no forgery"
     written(tmp_path, 1)
     assert [entry["n"] for entry in audit.read(tmp_path)] == [1, 2, 3, 4, 5, 6]
 

@@ -94,16 +94,24 @@ async def test_a_cdh_that_is_away(tmp_path: Path, unwrap: str) -> None:
         await ocicrypt.decrypt_layer(*sealed(), provider(f"unix://{tmp_path}/absent", unwrap), Limits())
 
 
-async def test_cdh_is_not_asked_to_open_what_is_not_authenticated(hub: Hub) -> None:
+@pytest.mark.parametrize("way", ["cdh", "ocicrypt_config"])
+async def test_cdh_is_not_asked_to_open_what_is_not_authenticated(hub: Hub, tmp_path: Path, way: str) -> None:
+    address = f"unix://{hub.server.path}"
+    configuration = tmp_path / "ocicrypt.json"
+    configuration.write_text(json.dumps({"key-providers": {"attestation-agent": {"ttrpc": address}}}))
+    keys = Keys(cdh=Cdh(address=address)) if way == "cdh" else Keys(ocicrypt_config=str(configuration))
     cipher, annotations = sealed()
+    good = annotations[packet.ANNOTATION]
     value = json.loads(base64.b64decode(annotations[packet.ANNOTATION]))
     for changes in ({"wrap_type": "A256CTR"}, {"wrap_type": "a256ctr"}, {"wrap_type": None}, {"wrap_type": [1]}):
         text = base64.b64encode(json.dumps(value | changes).encode()).decode()
         with pytest.raises(KeyDenied, match="not authenticated"):
             await ocicrypt.decrypt_layer(
-                cipher, annotations | {packet.ANNOTATION: text}, provider(f"unix://{hub.server.path}", "cdh"), Limits()
+                cipher, annotations | {packet.ANNOTATION: text}, configured.provider(keys), Limits()
             )
-    assert not hub.server.calls
+        assert not hub.server.calls
+    both = annotations | {packet.ANNOTATION: f"{text},{good}"}
+    assert await ocicrypt.decrypt_layer(cipher, both, configured.provider(keys), Limits()) == PLAIN
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b'{"keyunwrapresults":{"optsdata":[256]}}', b"\xff"])

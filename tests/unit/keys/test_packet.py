@@ -118,8 +118,9 @@ async def test_a_broker_that_is_away_counts_more_than_a_no(broker: Broker) -> No
     cipher, annotations = sealed()
     with pytest.raises(Unavailable):
         await ocicrypt.decrypt_layer(
-            cipher, with_packets(annotations, {"kid": 1}, packet_of(annotations)), PacketKeys(broker), Limits()
+            cipher, with_packets(annotations, {"kid": 1}, *[packet_of(annotations)] * 8), PacketKeys(broker), Limits()
         )
+    assert len(broker.asked) == 1, "each further packet would wait as long"
 
 
 async def test_a_packet_that_names_another_key_does_not_open(broker: Broker) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from snapshotter.keys import annotations as enc
 from snapshotter.keys import configured, ocicrypt, protocol
 from snapshotter.keys.protocol import ProviderKeys
 from snapshotter.keys.provider import AnyOf, FileKeys
+from tests.harness.machine import alive, until
 from tests.harness.ttrpc import TtrpcServer, field, first_field
 from tests.unit.keys import wrapping_provider
 from tests.unit.keys.conftest import Pair
@@ -204,6 +206,35 @@ async def test_a_program_that_does_not_answer_is_ended(tmp_path: Path, monkeypat
         await ocicrypt.decrypt_layer(*encrypted(), provider, Limits())
 
 
+async def test_what_a_program_leaves_behind_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "_TIMEOUT_SECONDS", 0.3)
+    script = f"sleep 1000 & echo $! >{tmp_path}/pid; echo '{{}}'"
+    provider = ProviderKeys.load(configuration(tmp_path, {"cmd": {"path": "/bin/sh", "args": ["-c", script]}}))
+    descriptors = os.listdir("/proc/self/fd")
+    with pytest.raises(Unavailable, match="no answer"):  # somebody still holds the pipe
+        await ocicrypt.decrypt_layer(*encrypted(), provider, Limits())
+    pid = int((tmp_path / "pid").read_text())
+    await asyncio.to_thread(until, lambda: not alive(pid), "it is gone", 10)
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+async def test_a_service_that_is_away_is_asked_once_for_all_packets() -> None:
+    class Away:
+        asked = 0
+
+        async def call(self, request: bytes, method: str = "") -> bytes:
+            self.asked += 1
+            raise Unavailable("away")
+
+    away = Away()
+    cipher, annotations = encrypted()
+    name = protocol.ANNOTATION_PREFIX + NAME
+    many = annotations | {name: ",".join([annotations[name]] * 8)}
+    with pytest.raises(Unavailable):
+        await ocicrypt.decrypt_layer(cipher, many, ProviderKeys({NAME: away}), Limits())
+    assert away.asked == 1
+
+
 async def test_a_program_that_is_not_there_may_come_back(tmp_path: Path) -> None:
     provider = ProviderKeys.load(configuration(tmp_path, {"cmd": {"path": str(tmp_path / "absent")}}))
     with pytest.raises(Unavailable, match="absent"):
@@ -283,6 +314,8 @@ async def test_replies_of_another_form_are_refused(reply: object) -> None:
         {"grpc": ""},
         {"grpc": 1},
         {"grpc": "a:1", "cmd": {"path": "/x"}},
+        {"grpc": "keys.example:50000"},  # in plaintext, and not to this machine
+        {"grpc": "dns:///127.0.0.1.keys.example:50000"},
         {"ttrpc": "tcp://x"},
         {"grpc": "a:1", "grpc-tls": []},
         {"grpc": "a:1", "grpc-tls": {"insecure-skip-verify": True}},

@@ -23,7 +23,7 @@ def with_initdata(settings: Config) -> Config:
     """The configuration with `[policy]` of the initdata laid over its own; unchanged if none is configured.
 
     Pins and rules add up; of two rules for one name, and of everything else, initdata's counts. Raises ConfigError,
-    also for initdata without a policy, which is a mistake. What is obeyed is what is attested: the KBS is sent the same.
+    also for initdata without a policy, which is a mistake. The KBS is sent the same: what is obeyed is attested.
     """
     path = settings.policy.initdata
     if not path:

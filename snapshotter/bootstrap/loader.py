@@ -69,6 +69,7 @@ class Loader:
 
     async def load(self, image: LazyImage) -> LoadedImage:
         """Raises IntegrityError (and below it DigestMismatch, …), KeyDenied, LimitExceeded, PolicyDenied."""
+        image.check_claims()
         layer, from_cache = await self._layer(image.source, image.bootstrap)
         if image.encrypted:
             annotations = image.admission.usable(image.bootstrap.annotations, self._limits)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snapshotter.cli import node
+from snapshotter.cli.table import plain
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -44,4 +45,4 @@ def run_audit(arguments: argparse.Namespace) -> int:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    return "  ".join(str(entry.get(name) or "-") for name in _COLUMNS)
+    return "  ".join(plain(str(entry.get(name) or "-")) for name in _COLUMNS)

@@ -11,6 +11,7 @@ from typing import Any
 from snapshotter import labels
 from snapshotter.cli.opened import Opened, open_image, resolve
 from snapshotter.cli.progress import size
+from snapshotter.cli.table import plain
 from snapshotter.config import Config
 from snapshotter.crypto.chunk import CODEC_LZ4, CODEC_NONE, CODEC_ZSTD, chunk_id
 from snapshotter.errors import InvalidArgument, KeyDenied
@@ -22,6 +23,7 @@ from snapshotter.keys.configured import any_configured
 from snapshotter.ondemand.attachment import BlobDevice
 from snapshotter.registry.transport import open_location, parse_location
 
+_YEAR_10000 = 253_402_300_800  # which datetime does not know
 _CODECS = {CODEC_NONE: "none", CODEC_LZ4: "lz4", CODEC_ZSTD: "zstd"}
 
 
@@ -149,23 +151,24 @@ def _id(device: BlobDevice, index: int) -> str:
 
 def _text(name: bytes) -> str:
     """A hostile name: readable, and harmless on a terminal."""
-    text = name.decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return plain(name.decode("utf-8", "backslashreplace"))
 
 
 def _line(entry: TreeEntry) -> str:
-    when = datetime.fromtimestamp(entry.mtime_ns // 1_000_000_000, UTC).strftime("%Y-%m-%d %H:%M")
+    seconds = entry.mtime_ns // 1_000_000_000
+    when = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M}" if 0 <= seconds < _YEAR_10000 else f"@{seconds}"
     target = f" -> {_text(entry.target)}" if entry.target else ""
     owner = f"{entry.uid}/{entry.gid}"
     return f"{stat.filemode(entry.mode)} {owner:>11} {entry.size:>12} {when} {_text(entry.path)}{target}"
 
 
 def _print(document: dict[str, Any]) -> None:
+    """Names and identity come from the image."""
     print(f"reference  {document['reference']}")
     print(f"manifest   {document['manifest']}")
     print(f"kind       {document['kind']}")
     for layer in document["layers"]:
-        wrapped = f", keys: {', '.join(layer['keys'])}" if layer["keys"] else ""
+        wrapped = f", keys: {plain(', '.join(layer['keys']))}" if layer["keys"] else ""
         print(f"{layer['role']:10} {layer['digest']} {size(layer['size'])}{wrapped}")
     if "bootstrap" in document:
         shown = document["bootstrap"]
@@ -174,4 +177,4 @@ def _print(document: dict[str, Any]) -> None:
         print(f"blob       {blob['digest']} {blob['chunks']} chunks, {blob['codec']}, {size(blob['device_bytes'])}")
     for name, value in document.get("identity", {}).items():
         if name != "blobs":
-            print(f"identity   {name} {value}")
+            print(f"identity   {plain(f'{name} {value}')}")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from snapshotter import __version__
+from snapshotter import __version__, memory
 from snapshotter.cli import (
     audit,
     completion,
@@ -25,6 +25,7 @@ from snapshotter.cli import (
     unseal,
 )
 from snapshotter.cli.doctor import command as doctor
+from snapshotter.cli.table import plain
 from snapshotter.errors import SnapshotterError
 
 DESCRIPTION = """\
@@ -69,17 +70,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command; the exit code. Without `arguments` the process is ours, and keys stay in its memory."""
     parsed = parser().parse_args(arguments)
+    if arguments is None:
+        memory.set_undumpable()
     try:
         code: int = parsed.run(parsed)
         sys.stdout.flush()
     except SnapshotterError as error:
-        print(f"coco-snapshotter: error: {error} [reason={error.reason}]", file=sys.stderr)
+        print(f"coco-snapshotter: error: {plain(str(error))} [reason={error.reason}]", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `… | head`: nobody reads on, which is no error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a file that may not be read, a full disk
+        print(f"coco-snapshotter: error: {plain(str(error))} [reason=os]", file=sys.stderr)
         return 1
     return code

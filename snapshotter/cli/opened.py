@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapshotter import labels
 from snapshotter.bootstrap import tables
 from snapshotter.bootstrap.loader import open_layer
 from snapshotter.config import Config
@@ -53,10 +52,11 @@ async def open_image(source: ImageSource, image: LazyImage, keys: Sequence[Path 
     layer: bytes | bytearray = await source.blob(
         image.source, descriptor.digest, descriptor.size, limits.bootstrap_bytes
     )
-    if descriptor.media_type.endswith(labels.ENCRYPTED_SUFFIX):
+    if image.encrypted:
         provider = key_provider(keys, config)
         layer = await ocicrypt.decrypt_layer(layer, descriptor.annotations, provider, limits)
     opened = open_layer(image, layer, limits)
+    image.check_claims(opened.diff_id)
     sizes = {blob.digest.hex: blob.size for blob in image.blobs}
     if opened.bootstrap.sealed:
         devices = tables.sealed_devices(opened.bootstrap, opened.files, sizes, limits)

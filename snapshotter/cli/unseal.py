@@ -32,9 +32,10 @@ def run_unseal(arguments: argparse.Namespace) -> int:
 
     _, config = node.load_config(arguments)
     log.configure("warning", "console")
-    text = sys.stdin.read(sealed.TEXT_BYTES + 1)
-    if not text.isascii():
+    given = sys.stdin.buffer.read(sealed.TEXT_BYTES + 1)
+    if not given.isascii():
         raise InvalidArgument("unseal: standard input is no sealed secret")
+    text = given.decode()
 
     async def opened() -> SecretBytes:
         return await sealed.unseal(text, configured.resources(config.keys))

@@ -42,16 +42,18 @@ async def run(arguments: argparse.Namespace, config: Config) -> int:
         opened = await open_image(source, image, arguments.key, config)
         progress.note(f"bootstrap layer {image.bootstrap.digest}: ok")
         chunks = await _check_blobs(source, image, opened, progress)
+        first = len(image.blobs) + 1  # of the ordinary layers on top
+        await _check_ordinary(source, location.reference, resolved, progress, first)
         kind = "sealed" if opened.bootstrap.sealed else "plain lazy"
         print(f"ok: {kind} image, {opened.bootstrap.inodes} names, {len(image.blobs)} blobs, {chunks} chunks")
     return 0
 
 
 async def _check_ordinary(
-    source: ImageSource, reference: Reference, resolved: ResolvedImage, progress: Progress
+    source: ImageSource, reference: Reference, resolved: ResolvedImage, progress: Progress, first: int = 0
 ) -> None:
-    layers = zip(resolved.manifest.layers, resolved.image_config.diff_ids, strict=True)
-    for layer, diff_id in layers:
+    layers = list(zip(resolved.manifest.layers, resolved.image_config.diff_ids, strict=True))
+    for layer, diff_id in layers[first:]:
         await _check_layer(source, reference, layer, diff_id, progress)
 
 

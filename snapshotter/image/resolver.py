@@ -42,9 +42,12 @@ class LazyImage:
         """Chain ids of the data blobs and the bootstrap, bottom first (OCI image-spec config.md, Layer ChainID)."""
         return chain_ids(self._diff_ids(bootstrap_diff_id))
 
-    def check_claims(self, bootstrap_diff_id: str) -> None:
-        """Raises IntegrityError(chain-mismatch) unless the config's diff_ids are those of the layers."""
-        own = self._diff_ids(bootstrap_diff_id)
+    def check_claims(self, bootstrap_diff_id: str | None = None) -> None:
+        """Raises IntegrityError(chain-mismatch) unless the config's diff_ids are those of the layers.
+
+        None: only of the data blobs, before the bootstrap can be opened.
+        """
+        own = [blob.digest for blob in self.blobs] if bootstrap_diff_id is None else self._diff_ids(bootstrap_diff_id)
         if self.config["rootfs"]["diff_ids"][: len(own)] != own:
             raise IntegrityError(
                 f"image {self.reference}: its config claims diff_ids that are not those of its layers",

@@ -35,7 +35,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 VERDICTS = 256  # images whose verdict is remembered; each is a few kilobytes
-LOADED = 2  # verified images whose metadata is kept in memory until their first container
+LOADED = 2  # verified images whose metadata is kept in memory until their first container,
+LOADED_SECONDS = 300.0  # if it comes soon: chunk keys are in there
 
 
 class Attachments(Protocol):
@@ -187,11 +188,10 @@ class Images:
             if claim.parent_chain in ("", None, *chain[:-1]):
                 raise _chain_mismatch(claim, image)
             return "ordinary"
-        for index, digest in enumerate(digests):
-            parent = chain[index - 1] if index else ""
-            if digest == claim.layer and chain[index] == claim.chain_id and parent == claim.parent_chain:
-                return "image" if index == len(digests) - 1 else "data"
-        raise _chain_mismatch(claim, image)
+        index = _index(claim, digests, chain)
+        if index is None:
+            raise _chain_mismatch(claim, image)
+        return "image" if index == len(digests) - 1 else "data"
 
     async def _verdict(self, claim: LayerClaim, namespace: str) -> AnyVerdict:
         key = (claim.image, claim.manifest, await self._resolver.basis(claim))
@@ -204,11 +204,16 @@ class Images:
                 image = await self._resolve(claim)
                 verdict: AnyVerdict
                 if isinstance(image, LazyImage):
+                    blobs = [blob.digest for blob in image.blobs]
+                    if claim.layer in blobs and _index(claim, blobs, chain_ids(blobs)) is None:
+                        raise _chain_mismatch(claim, image)  # which shows before a key is asked for
                     loaded = await self._load(image)
                     await self._documents.keep(image.documents)
                     await self._resolver.keep(image.admission)
                     verdict = Verdict(loaded)
-                    _remember(self._loaded, (str(image.reference), image.manifest_digest), loaded, LOADED)
+                    pulled = (str(image.reference), image.manifest_digest)
+                    _remember(self._loaded, pulled, loaded, LOADED)
+                    asyncio.get_running_loop().call_later(LOADED_SECONDS, self._loaded.pop, pulled, None)
                 else:
                     verdict = image
             self._trail.pulls.add(_kind(verdict))
@@ -319,6 +324,15 @@ def _note_failure(task: "asyncio.Task[None]") -> None:
 
 def _lazy(snapshot_labels: Mapping[str, str]) -> bool:
     return labels.NYDUS_BLOB in snapshot_labels or labels.NYDUS_BOOTSTRAP in snapshot_labels
+
+
+def _index(claim: LayerClaim, digests: Sequence[str], chain: Sequence[str]) -> int | None:
+    """Which of the layers, bottom first, the claim means: two may be equal, so it is told by its chain id, too."""
+    for index, (digest, own) in enumerate(zip(digests, chain, strict=False)):  # the chain may go on above
+        parent = chain[index - 1] if index else ""
+        if (digest, own, parent) == (claim.layer, claim.chain_id, claim.parent_chain):
+            return index
+    return None
 
 
 def _chain_mismatch(claim: LayerClaim, image: LazyImage | EncryptedImage) -> IntegrityError:

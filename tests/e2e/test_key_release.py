@@ -122,14 +122,14 @@ def test_a_sealed_secret_that_the_broker_releases(work: Work, sealed: tuple[Brok
     path = work.directory("unseal") / "config.toml"
     path.write_text(serve.toml({"keys": broker.keys(init_data=str(work.path / "init.toml"))}))
     command = [*serve.PROGRAM, "unseal", "--config", str(path)]
-    for text, code in ((seal_secret(), 0), (seal_secret()[:-1] + "!", 11)):
+    for given, code in ((seal_secret().encode(), 0), (seal_secret()[:-1].encode() + b"!", 11), (b"\xff\xfe", 2)):
         result = subprocess.run(
-            command, input=text, capture_output=True, text=True, check=False, env=work.environment,
+            command, input=given, capture_output=True, check=False, env=work.environment,
             cwd=Path(__file__).parents[2],
         )  # fmt: skip
         assert result.returncode == code, result.stderr
-        assert result.stdout == ("" if code else "canary of a secret")
-        assert "canary" not in result.stderr
+        assert result.stdout == (b"" if code else b"canary of a secret")
+        assert b"canary" not in result.stderr
 
 
 def test_recipients_that_are_none(work: Work) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.conftest import Image, Images, Node, NodeMaker
 from tests.e2e.test_images import READ_ALL, expected
 from tests.harness import serve, tiny
-from tests.harness.machine import until
+from tests.harness.machine import Work, until
 
 pytestmark = [pytest.mark.root, pytest.mark.real]
 
@@ -149,3 +149,25 @@ def test_a_bootstrap_key_is_not_a_signature(node: NodeMaker, images: Images) -> 
     )  # fmt: skip
     image = Image(images.registry, "t/app", "foreign", foreign)
     assert refused(node(mode="confidential"), image, by="tag") == "unauthentic-image"
+
+
+def test_check_says_of_an_image_what_a_node_would(images: Images, work: Work) -> None:
+    """Also of its ordinary layers, and of the diff_ids that its config claims."""
+
+    def check(image: Image) -> tuple[int, str]:
+        result = serve.program(work, "check", f"docker://{image.by_digest}", "--key", images.key)
+        return result.returncode, result.stderr
+
+    image = images.above(images.sealed())
+    assert check(image)[0] == 0
+    images.registry.flip(image.layers[-1], 50)
+    try:
+        assert check(image)[0] == 20
+    finally:
+        images.registry.flip(image.layers[-1], 50)
+
+    def claim(config: dict[str, Any]) -> None:
+        config["rootfs"]["diff_ids"] = images.plain(2).config["rootfs"]["diff_ids"]
+
+    code, text = check(images.plain().variant("check-claims", change_config=claim))
+    assert (code, "reason=chain-mismatch" in text) == (20, True)

@@ -185,6 +185,13 @@ def test_the_command_prints_and_verifies(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 5
     assert "released  kbs  kbs:///default/image-kek/0  k8s.io  registry.example/app:1" in printed.out
+    log = AuditLog(tmp_path)
+    log.append(**SUBJECT, by="kbs", kek="x\n2026-01-01T00:00:00Z  released\x1b[2J", outcome="no-key")
+    log.close()
+    assert main(["audit", "--root", str(tmp_path)]) == 0
+    forged = capsys.readouterr().out
+    assert (len(forged.splitlines()), "\x1b" in forged) == (6, False)
+    lines = (tmp_path / audit.NAME).read_bytes().splitlines(keepends=True)
     head = json.loads(lines[-1])["hash"]
     assert main(["audit", "--root", str(tmp_path), "--json", "--head", head]) == 0
     assert capsys.readouterr().out.encode() != b""
@@ -192,3 +199,7 @@ def test_the_command_prints_and_verifies(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["audit", "--root", str(tmp_path)]) == 0
     assert main(["audit", "--root", str(tmp_path), "--head", head]) == 20
     assert "reason=audit-chain" in capsys.readouterr().err
+    (tmp_path / audit.NAME).unlink()
+    (tmp_path / audit.NAME).mkdir()
+    assert main(["audit", "--root", str(tmp_path)]) == 1
+    assert f"error: [Errno 21] Is a directory: '{tmp_path}/{audit.NAME}'" in capsys.readouterr().err

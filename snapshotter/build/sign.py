@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from snapshotter import labels
 from snapshotter.config import Limits
+from snapshotter.crypto import encoding
 from snapshotter.digest import Digest
-from snapshotter.errors import ConfigError, InvalidArgument
+from snapshotter.errors import ConfigError, InvalidArgument, MalformedImage, NotFound
 from snapshotter.image import signature, sigstore
 from snapshotter.image.signature import Claim
 from snapshotter.image.sigstore import CosignSignatures, Found
@@ -20,6 +21,7 @@ from snapshotter.registry.reference import Reference
 from snapshotter.registry.transport import ImageStore
 
 _MAX_PEM = 64 << 10
+_DOCUMENT_BYTES = 4 << 20
 
 SigningKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey
 
@@ -52,16 +54,34 @@ async def sign(
     `name`: host/repository under which the image will be asked for. Raises what `store` raises.
     """
     payload = Claim(digest, name).pack(signature.COSIGN)
-    there = [*await CosignSignatures(store, limits).find(image, digest)]
+    there = await CosignSignatures(store, limits).find(image, digest)
+    made = []
     for key in keys:
         public = key.public_key()
         if not any(item.payload == payload and signature.is_signed_by(*item, public) for item in there):
-            there.append(Found(payload, _signature(payload, key)))
-    manifest, blobs = sigstore.manifest(there)
+            made.append(Found(payload, _signature(payload, key)))
+    if not made:
+        return
     where = Reference(image.host, image.repository, sigstore.tag_of(digest))
+    manifest, blobs = sigstore.manifest(made, *await _present(store, where))
     for blob in dict.fromkeys(blobs):
         await store.upload_blob(where, Digest.of(blob), len(blob), lambda blob=blob: _whole(blob))  # type: ignore[misc]
     await store.put_manifest(where, manifest, labels.MEDIA_OCI_MANIFEST)
+
+
+async def _present(store: ImageStore, where: Reference) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Manifest and config of the signatures that are there; others' layers may hold more than we understand."""
+    try:
+        raw, _, _ = await store.manifest(where)
+    except NotFound:
+        return {}, {}
+    document = encoding.json_object(raw, f"signatures {where}", _DOCUMENT_BYTES)
+    try:
+        digest, size = Digest.parse(document["config"]["digest"]), int(document["config"]["size"])
+    except (LookupError, TypeError, ValueError, InvalidArgument):
+        raise MalformedImage(f"signatures {where}: no manifest with a config") from None
+    config = await store.blob(where, digest, size, _DOCUMENT_BYTES)
+    return document, encoding.json_object(config, f"signatures {where}: config", _DOCUMENT_BYTES)
 
 
 def _signature(payload: bytes, key: SigningKey) -> bytes:

@@ -16,6 +16,7 @@ from snapshotter.files import read_regular
 from snapshotter.image.signature import CLAIM_BYTES
 
 _SECONDS = 20.0
+_CPU_SECONDS = 2  # a verification takes milliseconds
 _ARMOR = b"-----BEGIN PGP PUBLIC KEY BLOCK-----"
 
 
@@ -40,6 +41,7 @@ async def signed_message(message: bytes, keyring: Sequence[bytes]) -> bytes | No
         oom.expose(process.pid)
         with contextlib.suppress(ProcessLookupError):  # a small message may be a large one, packed
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (CLAIM_BYTES, CLAIM_BYTES))
+            resource.prlimit(process.pid, resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
         try:
             async with asyncio.timeout(_SECONDS):
                 status, _ = await process.communicate()

@@ -9,7 +9,7 @@ import structlog
 
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
-from snapshotter.errors import ConfigError, MalformedImage, PolicyDenied, SnapshotterError
+from snapshotter.errors import ConfigError, MalformedImage, PolicyDenied, SnapshotterError, Unavailable
 from snapshotter.files import read_regular
 from snapshotter.image import gpg, signature, trustpolicy
 from snapshotter.image.policy import Admission, Evidence, ImagePolicy
@@ -101,10 +101,11 @@ class Origin:
     async def keep(self, admission: Admission) -> None:
         """Remember the signatures of an image that passed every step."""
         if admission.evidence is not None and self._kept is not None:
-            await self._kept.keep(admission.evidence.signed, admission.evidence.signatures)
+            for digest, found in admission.evidence.signatures:
+                await self._kept.keep(digest, found)
 
     async def _evidence(self, reference: Reference, digests: Sequence[Digest]) -> Evidence | None:
-        """What satisfied the last signature requirement; None if the rule has none. Raises PolicyDenied."""
+        """What satisfied all signature requirements; None if the rule has none. Raises PolicyDenied."""
         assert self._trust is not None
         rule = (await self._trust.policy()).rule(reference)
         evidence: Evidence | None = None
@@ -113,9 +114,8 @@ class Origin:
                 raise PolicyDenied(f"image {reference}: rejected by the trust policy, scope {rule.scope!r}")
             if isinstance(requirement, Signed):
                 found = await self._satisfy(reference, digests, requirement, rule.scope)
-                # All that was needed is kept, also where two requirements were met by signatures of two digests.
-                others = evidence.signatures if evidence and evidence.signed == found.signed else ()
-                evidence = Evidence(found.rule, found.signed, (*others, *found.signatures))
+                others = evidence.signatures if evidence else ()
+                evidence = Evidence(found.rule, (*others, *found.signatures))
         return evidence
 
     async def _satisfy(
@@ -124,14 +124,24 @@ class Origin:
         assert self._trust is not None
         keys = [await self._trust.key(key) for key in requirement.keys]
         refusals: list[str] = []
+        later: Unavailable | None = None
         for source in self._sources:
             for digest in reversed(digests):  # the manifest's own first
-                for found in await source.find(reference, digest):
+                try:
+                    signatures = await source.find(reference, digest)
+                except SnapshotterError as error:  # there may be a good one elsewhere
+                    later = later or (error if isinstance(error, Unavailable) else None)
+                    refusals.append(str(error))
+                    continue
+                for found in signatures:
                     refusal = await _refusal(found, reference, digest, requirement, keys)
                     if refusal is None:
                         name = requirement.keys[0] if isinstance(requirement.keys[0], str) else "inline key"
-                        return Evidence(f"signed: {requirement.kind}, scope {scope}, key {name}", digest, (found,))
+                        rule = f"signed: {requirement.kind}, scope {scope}, key {name}"
+                        return Evidence(rule, ((digest, found),))
                     refusals.append(refusal)
+        if later is not None:
+            raise later
         shown = "; ".join(dict.fromkeys(refusals)) if refusals else "it has no signature"
         raise PolicyDenied(f"image {reference}: trust policy, scope {scope!r}, {requirement.kind}: {shown[:500]}")
 

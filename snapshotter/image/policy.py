@@ -24,11 +24,10 @@ from snapshotter.registry.reference import Reference
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The signatures of one manifest or index that satisfied the trust policy, and by which rule and key."""
+    """The signatures that satisfied the trust policy, each of a manifest or an index, and by which rule and key."""
 
     rule: str
-    signed: Digest
-    signatures: tuple[Found, ...]
+    signatures: tuple[tuple[Digest, Found], ...]
 
 
 @dataclass(frozen=True, slots=True)

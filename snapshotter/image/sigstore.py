@@ -7,18 +7,27 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import aiohttp
 import msgspec
 import structlog
 from yarl import URL
 
+from snapshotter import labels
 from snapshotter.config import Limits
 from snapshotter.digest import Digest
-from snapshotter.errors import ConfigError, LimitExceeded, MalformedImage, NotFound, Unavailable
+from snapshotter.errors import (
+    ConfigError,
+    IntegrityError,
+    InvalidArgument,
+    LimitExceeded,
+    MalformedImage,
+    NotFound,
+    Unavailable,
+)
 from snapshotter.files import read_regular, write_atomic
 from snapshotter.image.signature import CLAIM_BYTES
 from snapshotter.keys.http import is_loopback
@@ -65,7 +74,7 @@ def tag_of(digest: Digest) -> str:
 
 class SignatureSource(Protocol):
     async def find(self, reference: Reference, digest: Digest) -> Sequence[Found]:
-        """Signatures of the manifest `digest` in the repository of `reference`; none is no error."""
+        """Signatures of the manifest `digest` in the repository of `reference`; none is no error, nor is a bad one."""
 
 
 class CosignSignatures:
@@ -89,7 +98,11 @@ class CosignSignatures:
         for layer in layers[:SIGNATURES]:
             signature = _decoded(layer.annotations.get(SIGNATURE_ANNOTATION, ""))
             if layer.media_type == PAYLOAD_TYPE and signature and layer.size <= CLAIM_BYTES:
-                payload = await self._source.blob(where, Digest.parse(layer.digest), layer.size, CLAIM_BYTES)
+                try:
+                    payload = await self._source.blob(where, Digest.parse(layer.digest), layer.size, CLAIM_BYTES)
+                except (InvalidArgument, NotFound, IntegrityError) as error:
+                    log.info("signature not looked at", tag=str(where), error=str(error))
+                    continue
                 found.append(Found(payload, signature))
         return found
 
@@ -156,7 +169,7 @@ class KeptSignatures:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    async def find(self, _reference: Reference, digest: Digest) -> Sequence[Found]:
+    async def find(self, _reference: Reference | None, digest: Digest) -> Sequence[Found]:
         raw = await asyncio.to_thread(read_regular, self._path(digest), _KEPT_BYTES)
         try:
             kept = msgspec.json.decode(raw or b"[]", type=list[_Kept])
@@ -164,10 +177,11 @@ class KeptSignatures:
             return []
         return [Found(item.payload, item.signature) for item in kept[:SIGNATURES]]
 
-    async def keep(self, digest: Digest, found: Sequence[Found]) -> None:
-        """A full or read-only cache is not an error."""
+    async def keep(self, digest: Digest, found: Found) -> None:
+        """Beside those of other repositories and requirements. A full or read-only cache is not an error."""
+        kept = [found, *(item for item in await self.find(None, digest) if item != found)]
         try:
-            raw = msgspec.json.encode([_Kept(*item) for item in found])
+            raw = msgspec.json.encode([_Kept(*item) for item in kept[:SIGNATURES]])
             await asyncio.to_thread(write_atomic, self._path(digest), raw)
         except OSError as error:
             log.info("signatures not cached", digest=digest, error=error.strerror)
@@ -176,20 +190,14 @@ class KeptSignatures:
         return self._directory / f"{digest.hex}.signatures"
 
 
-def manifest(found: Sequence[Found]) -> tuple[bytes, list[bytes]]:
-    """cosign's manifest of these signatures, and the blobs it names: the config, then the payloads."""
+def manifest(
+    found: Sequence[Found], others: Mapping[str, Any] = {}, config: Mapping[str, Any] = {}
+) -> tuple[bytes, list[bytes]]:
+    """cosign's manifest of these signatures, and the blobs to upload for it: the config, then the payloads.
+
+    Layers and config of a manifest that is there already, `others`, stay. Raises MalformedImage if it is none.
+    """
     diff_ids = [Digest.of(item.payload) for item in found]
-    config = json.dumps(
-        {
-            "architecture": "",
-            "created": "0001-01-01T00:00:00Z",
-            "history": [{"created": "0001-01-01T00:00:00Z"} for _ in found],
-            "os": "",
-            "rootfs": {"type": "layers", "diff_ids": diff_ids},
-            "config": {},
-        },
-        separators=(",", ":"),
-    ).encode()
     layers = [
         {
             "mediaType": PAYLOAD_TYPE,
@@ -199,14 +207,22 @@ def manifest(found: Sequence[Found]) -> tuple[bytes, list[bytes]]:
         }
         for item in found
     ]
-    described = {
-        "mediaType": "application/vnd.oci.image.config.v1+json", "size": len(config), "digest": Digest.of(config),
-    }  # fmt: skip
-    document = {
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": described,
-        "layers": layers,
-    }  # fmt: skip
-    return json.dumps(document, separators=(",", ":")).encode(), [config, *(item.payload for item in found)]
+    history = [{"created": "0001-01-01T00:00:00Z"} for _ in found]
+    try:
+        layers = [*others.get("layers", ()), *layers]
+        history = [*config.get("history", ()), *history]
+        diff_ids = [*config.get("rootfs", {}).get("diff_ids", ()), *diff_ids]
+    except (AttributeError, TypeError):
+        raise MalformedImage("signatures: what is under their tag is none of cosign's manifests") from None
+    empty = {"architecture": "", "created": "0001-01-01T00:00:00Z", "os": "", "config": {}}
+    raw = _json({**empty, **config, "history": history, "rootfs": {"type": "layers", "diff_ids": diff_ids}})
+    described = {"mediaType": labels.MEDIA_OCI_CONFIG, "size": len(raw), "digest": Digest.of(raw)}
+    kind: dict[str, Any] = {"schemaVersion": 2, "mediaType": labels.MEDIA_OCI_MANIFEST}
+    return _json({**kind, **others, "config": described, "layers": layers}), [raw, *(item.payload for item in found)]
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _decoded(text: str) -> bytes:

@@ -13,6 +13,8 @@ from snapshotter.errors import ConfigError
 from snapshotter.keys.provider import AnyOf, FileKeys, KeyProvider
 from snapshotter.keys.resource import Resources
 
+FRESH_SECONDS = 10  # a pull asks for the policy once for each layer
+
 
 def provider(
     keys: config.Keys, watch: Callable[[str, KeyProvider], KeyProvider] = lambda _name, provider: provider
@@ -41,7 +43,10 @@ def provider(
 
 
 def resources(keys: config.Keys) -> Resources:
-    """Who hands out `kbs:///` resources, each time anew: CDH, else the KBS. Raises ConfigError if neither is there."""
+    """Who hands out `kbs:///` resources: CDH, else the KBS. Raises ConfigError, also when neither is configured.
+
+    Not from memory for as long as keys are: what is withdrawn, a policy or a signing key, must soon not count.
+    """
     if keys.cdh.address:
         from snapshotter.keys import cdh
 
@@ -49,7 +54,7 @@ def resources(keys: config.Keys) -> Resources:
     if keys.kbs.url:
         from snapshotter.keys import kbs
 
-        return kbs.client(msgspec.structs.replace(keys.kbs, cache_seconds=0))
+        return kbs.client(msgspec.structs.replace(keys.kbs, cache_seconds=min(keys.kbs.cache_seconds, FRESH_SECONDS)))
     raise ConfigError("config: a kbs:/// resource needs keys.kbs.url or keys.cdh.address")
 
 

@@ -10,14 +10,27 @@ from typing import Any
 import pytest
 
 from snapshotter import labels
+from snapshotter.build.sign import load_signing_key, sign
 from snapshotter.cli.main import main
-from snapshotter.config import Policy, RepositoryRule
+from snapshotter.config import Limits, Policy, RepositoryRule
 from snapshotter.crypto.secret import SecretBytes
-from snapshotter.errors import ConfigError, SnapshotterError
-from snapshotter.image.sigstore import SIGNATURE_ANNOTATION, tag_of
+from snapshotter.digest import Digest
+from snapshotter.errors import (
+    ConfigError,
+    MalformedImage,
+    PolicyDenied,
+    RegistryDenied,
+    RegistryUnavailable,
+    SnapshotterError,
+)
+from snapshotter.image.origin import ConfiguredTrust, Origin
+from snapshotter.image.policy import ImagePolicy
+from snapshotter.image.sigstore import SIGNATURE_ANNOTATION, SIGNATURES, CosignSignatures, Found, KeptSignatures, tag_of
 from snapshotter.keys.ocicrypt import encrypt_layer
 from snapshotter.keys.packet import Kek
 from snapshotter.keys.resource import ResourceUri
+from snapshotter.registry.layout import OciLayout
+from snapshotter.registry.reference import LayoutLocation, Reference
 from tests.tamper.attacker import REPOSITORY, Keys, Node, Registry, World, refused
 
 TAG = f"{REPOSITORY}:app"
@@ -100,6 +113,69 @@ async def test_a_node_restarts_without_the_signatures_in_the_registry(
     with pytest.raises(SnapshotterError) as caught:
         await forged.prepare(registry, digest, TAG)
     assert caught.value.reason in ("unauthentic-image", "not-found")
+
+
+async def test_bad_signatures_do_not_hide_a_good_one(
+    made: World, registry: Registry, author: Keys, tmp_path: Path
+) -> None:
+    digest = registry.digest("signed")
+    document = registry.manifest(tag_of(digest))
+    [good] = document["layers"]
+    absent = {"digest": f"sha256:{'0' * 64}"}
+    bad = [good | {"digest": "md5:1"}, good | absent, good | {"size": 1}, good | {"annotations": {}}]
+    document["layers"] = [*bad, good]
+    retag(registry, tag_of(digest), json.dumps(document).encode())
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=trust(tmp_path, signed_by(author.public)))
+    assert (await node.prepare(registry, digest, TAG)).kind == "data"
+
+
+@pytest.mark.parametrize("kind", [RegistryDenied, RegistryUnavailable, MalformedImage])
+async def test_a_source_that_fails_does_not_hide_another(
+    registry: Registry, author: Keys, tmp_path: Path, kind: type[SnapshotterError]
+) -> None:
+    class Fails:
+        async def find(self, reference: Reference, digest: Digest) -> list[Found]:
+            raise kind("fails")
+
+    digest, reference = registry.digest("signed"), Reference.parse(TAG)
+    rules = trust(tmp_path, signed_by(author.public))
+    found = CosignSignatures(OciLayout(registry.path, Limits()), Limits())
+    for sources, admitted in (([Fails(), found], True), ([Fails()], False)):
+        origin = Origin(ImagePolicy.of("confidential", rules), Limits(), ConfiguredTrust(rules.file, None), sources)
+        if admitted:
+            assert (await origin.admit(reference, [digest])).authentic
+            continue
+        with pytest.raises(RegistryUnavailable if kind is RegistryUnavailable else PolicyDenied, match="fails"):
+            await origin.admit(reference, [digest])
+
+
+async def test_kept_signatures_add_up(tmp_path: Path) -> None:
+    """Of one digest in two repositories, or of two requirements."""
+    kept, digest = KeptSignatures(tmp_path), Digest.of(b"x")
+    one, two = Found(b"one", b"1"), Found(b"two", b"2")
+    for found in (one, two, one):
+        await kept.keep(digest, found)
+    assert sorted(await kept.find(None, digest)) == [one, two]
+    for number in range(2 * SIGNATURES):
+        await kept.keep(digest, Found(b"%d" % number, b""))
+    assert len(await kept.find(None, digest)) == SIGNATURES
+
+
+async def test_signing_leaves_the_signatures_of_others_as_they_are(registry: Registry, made: World) -> None:
+    digest = registry.digest("signed")
+    before = registry.manifest(tag_of(digest))
+    theirs = registry.put(b"{}") | {"mediaType": "application/vnd.dsse.envelope.v1+json"}
+    keyless = before["layers"][0] | {"annotations": {"dev.sigstore.cosign/certificate": "PEM"}}
+    before["layers"] = [*before["layers"], theirs, keyless]
+    retag(registry, tag_of(digest), json.dumps(before).encode())
+    location = LayoutLocation(registry.path, None, digest).reference
+    key = load_signing_key(made.keys.private)
+    for _ in range(2):
+        await sign(OciLayout(registry.path, Limits()), location, digest, REPOSITORY, [key], Limits())
+    after = registry.manifest(tag_of(digest))
+    assert after["layers"][:-1] == before["layers"]
+    assert set(after["layers"][-1]["annotations"]) == {SIGNATURE_ANNOTATION}
+    assert len(json.loads(registry.blob(after["config"]["digest"]))["rootfs"]["diff_ids"]) == 2
 
 
 async def test_an_unsigned_tag(made: World, registry: Registry, author: Keys, tmp_path: Path) -> None:

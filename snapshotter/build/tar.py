@@ -114,8 +114,9 @@ class TarReader:
                     extended.name = _text(self._payload(header, extended))
                 case "K":
                     extended.target = _text(self._payload(header, extended))
-                case "g":
+                case "g":  # ignored, and what is behind it begins anew, as in Go's reader
                     self._stream.skip(_padded(_size(header)))
+                    first, extended = True, _Extended(extended.budget)
                 case _:
                     return self._entry(header, extended)
         return None

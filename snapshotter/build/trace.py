@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapshotter.build.tree import split
-from snapshotter.errors import InvalidArgument
+from snapshotter.errors import BadLayer, InvalidArgument
 from snapshotter.formats.rafs6_write import Node
 
 _FOLLOW = 40
@@ -42,7 +42,10 @@ def start_chunks(files: list[Node]) -> "array[int]":
 
 def _lookup(root: Node, path: bytes) -> Node | None:
     stack = [root]
-    todo = split(path)[::-1]
+    try:
+        todo = split(path)[::-1]
+    except BadLayer:  # no name that a file could have
+        return None
     followed = 0
     while todo:
         part = todo.pop()

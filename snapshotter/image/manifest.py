@@ -174,6 +174,7 @@ def parse_index(raw: bytes, limits: Limits, content_type: str = "") -> Index:
     _check_annotations("index", index.annotations, limits)
     for entry, shown in zip(index.manifests, document["manifests"], strict=True):
         _no_lookalikes(Descriptor, shown, "index: descriptor")
+        _no_lookalikes(Platform, shown.get("platform") or {}, "index: platform")
         _check_descriptor("index", entry, limits)
         if entry.media_type in MANIFEST_TYPES | INDEX_TYPES:
             _bound("index entry", "manifest_bytes", entry.size, limits.manifest_bytes)
@@ -186,6 +187,7 @@ def parse_config(raw: bytes, limits: Limits) -> ImageConfig:
     document = _load(raw, "config")
     _no_lookalikes(_ConfigFields, document, "config", also=("config",))
     fields = _decode(raw, _ConfigFields, "config")
+    _no_lookalikes(_RootFs, document["rootfs"], "config: rootfs", also=("type",))
     if not isinstance(document.get("config"), dict | None):
         raise MalformedImage("config: `config` is not an object")
     platform = Platform(architecture=fields.architecture, os=fields.os, variant=fields.variant)

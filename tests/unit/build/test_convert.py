@@ -186,7 +186,7 @@ async def test_identity_names_the_image(tmp_path: Path, source: Path, keys: KeyP
 async def test_a_trace_puts_its_chunks_in_front(tmp_path: Path, keys: KeyPair) -> None:
     layer = BASE[:-1024] + header(b"run", b"2", target=b"/bin/z") + END
     images.layout(tmp_path / "source", [layer])
-    trace = (b"/run", b"etc/a", b"/missing", b"/bin/z", b"/etc")
+    trace = (b"/run", b"etc/a", b"/missing", b"/" + b"x" * 300, b"/bin/z", b"/etc")
     await images.convert(tmp_path / "source", tmp_path / "out", images.options(keys, trace=trace))
     _, found = await images.opened(tmp_path / "out", keys)
     sizes = [[info.uncompressed_size for info in device.chunks] for device in found.devices]

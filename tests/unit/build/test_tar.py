@@ -143,6 +143,14 @@ def test_extension_headers_hold_for_one_entry_and_global_ones_for_none() -> None
     assert [(entry.uid, entry.mtime_ns) for entry, _ in read(data)] == [(9, 0), (0, 0)]
 
 
+def test_an_archive_may_hold_or_end_with_nothing_but_a_global_header() -> None:
+    """As `git archive` makes of an empty tree."""
+    comment = pax({b"comment": b"x"}, b"g")
+    assert not list(read(comment + END))
+    assert not list(read(comment))
+    assert [entry.name for entry, _ in read(member(b"one") + comment + END)] == [b"one"]
+
+
 def test_an_empty_pax_value_takes_the_record_back() -> None:
     assert only(pax([(b"path", b"x"), (b"path", b"")]) + member(b"real") + END)[0].name == b"real"
 

@@ -175,8 +175,9 @@ def test_what_is_not_one_clear_json_object_is_refused(text: bytes) -> None:
         index(entry("linux/amd64") | {"platform": 7}),
         index(entry("linux/amd64") | {"Digest": "x"}),
         index(entry("linux/amd64") | {"size": -1}),
+        index(descriptor(platform={"os": "linux", "architecture": "amd64", "OS": "evil"})),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_broken_index_is_refused(document: Document) -> None:
     with pytest.raises(MalformedImage):
@@ -193,8 +194,9 @@ def test_a_broken_index_is_refused(document: Document) -> None:
         config(config=[]),
         config(Config={"Entrypoint": ["/evil"]}),
         config(ROOTFS={}),
+        config(rootfs={"type": "layers", "diff_ids": [LAYER], "Diff_IDs": []}),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_a_broken_config_is_refused(document: Document) -> None:
     with pytest.raises(MalformedImage):

@@ -2,7 +2,7 @@
 
 Layers are streamed one after the other; their chunks go to an unlinked temporary file, and nothing else is written
 until every layer turned out to be what its digests say. Then blobs, config and bootstrap layer are uploaded, and the
-manifest last, so a failed conversion leaves neither an image nor a temporary file.
+manifest last (the tag for hints just before), so a failed conversion leaves no half image and no temporary file.
 """
 
 import asyncio
@@ -117,7 +117,7 @@ class Converter:
         for number, (layer, diff_id) in enumerate(layers, 1):
 
             def take(pieces: Iterator[bytes], diff_id: Digest = diff_id) -> int:
-                return stack.take(pieces, diff_id).entries
+                return stack.take(pieces, diff_id)
 
             self._progress.begin(f"layer {number}/{len(layers)}", layer.size)
             stream = self._source.blob_stream(self._from, layer.digest, layer.size)

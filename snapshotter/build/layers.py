@@ -2,7 +2,6 @@
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from snapshotter.build.chunker import Chunker, ChunkStore
 from snapshotter.build.merge import merge
@@ -13,14 +12,6 @@ from snapshotter.config import Limits
 from snapshotter.digest import Digest
 from snapshotter.errors import DigestMismatch
 from snapshotter.formats.rafs6_write import Node
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSummary:
-    """What one layer was: entries of its archive and plain bytes of it."""
-
-    entries: int
-    tar_bytes: int
 
 
 class LayerStack:
@@ -40,8 +31,8 @@ class LayerStack:
         self._budget = Budget(limits)
         self._assigned = bytearray()  # by chunk number
 
-    def take(self, compressed: Iterator[bytes], diff_id: Digest) -> LayerSummary:
-        """Read a layer to its end. Raises BadLayer, LimitExceeded, DigestMismatch when it is not `diff_id`."""
+    def take(self, compressed: Iterator[bytes], diff_id: Digest) -> int:
+        """Read a layer to its end; the number of its entries. Raises BadLayer, LimitExceeded, DigestMismatch."""
         stream = ByteStream(decompressed(compressed))
         tree = LayerTree(self.root, self._limits, self._budget)
         for entry in TarReader(stream, self._limits):
@@ -56,7 +47,7 @@ class LayerStack:
         self._chunker.finish()
         self.orders.append(self._bring(tree))
         merge(self.root, tree.root, self._mtime_ns)
-        return LayerSummary(tree.entries, stream.total)
+        return tree.entries
 
     def _bring(self, tree: LayerTree) -> "array[int]":
         order = array("Q")

@@ -245,7 +245,7 @@ async def _convert(arguments: argparse.Namespace, config: "Config", options: "Op
         if keys:
             await sign(writing, target.reference, summary.manifest, name, keys, config.limits)
     progress.note(_summary(summary))
-    print(f"{arguments.target.rpartition('@sha256:')[0] or arguments.target}@{summary.manifest}")
+    print(f"{arguments.target}@{summary.manifest}")
 
 
 def _summary(done: "Summary") -> str:

@@ -20,9 +20,9 @@ def size(count: float) -> str:
 class Progress:
     """Steps with a total in bytes. Not thread-safe."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
-        self._moving = stream.isatty()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._moving = self._stream.isatty()
         self._what = ""
         self._total = self._done = 0
         self._began = self._drawn = 0.0

@@ -68,8 +68,9 @@ def run_recipients(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Options that say nothing for an action are refused rather than ignored."""
-    fitting = {"list": {"json"}, "add": {"recipient", "key", "sign_key"}, "remove": {"recipient", "number", "sign_key"}}
-    for name in ("recipient", "number", "key", "sign_key", "json"):
+    signing = {"sign_key", "repository"}
+    fitting = {"list": {"json"}, "add": {"recipient", "key"} | signing, "remove": {"recipient", "number"} | signing}
+    for name in ("recipient", "number", "key", "sign_key", "repository", "json"):
         if getattr(arguments, name) and name not in fitting[arguments.action]:
             raise InvalidArgument(f"recipients {arguments.action}: --{name.replace('_', '-')} does not go with it")
     if arguments.action == "add" and not arguments.recipient:

@@ -26,6 +26,11 @@ def json_object(raw: bytes, what: str, limit: int) -> dict[str, Any]:
     return value
 
 
+def json_bytes(value: object) -> bytes:
+    """Compact and ASCII, in the order of its members."""
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def members(value: dict[str, Any], what: str, *, required: Iterable[str], optional: Iterable[str] = ()) -> None:
     """Refuse an object that lacks a required member or has one nobody knows."""
     required = set(required)

@@ -6,7 +6,6 @@ All of it is untrusted: a signature that verifies is good wherever it was found,
 import asyncio
 import base64
 import binascii
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
@@ -18,6 +17,7 @@ from yarl import URL
 
 from snapshotter import labels
 from snapshotter.config import Limits
+from snapshotter.crypto import encoding
 from snapshotter.digest import Digest
 from snapshotter.errors import (
     ConfigError,
@@ -215,14 +215,15 @@ def manifest(
     except (AttributeError, TypeError):
         raise MalformedImage("signatures: what is under their tag is none of cosign's manifests") from None
     empty = {"architecture": "", "created": "0001-01-01T00:00:00Z", "os": "", "config": {}}
-    raw = _json({**empty, **config, "history": history, "rootfs": {"type": "layers", "diff_ids": diff_ids}})
+    raw = encoding.json_bytes(
+        {**empty, **config, "history": history, "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+    )
     described = {"mediaType": labels.MEDIA_OCI_CONFIG, "size": len(raw), "digest": Digest.of(raw)}
     kind: dict[str, Any] = {"schemaVersion": 2, "mediaType": labels.MEDIA_OCI_MANIFEST}
-    return _json({**kind, **others, "config": described, "layers": layers}), [raw, *(item.payload for item in found)]
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return encoding.json_bytes({**kind, **others, "config": described, "layers": layers}), [
+        raw,
+        *(item.payload for item in found),
+    ]
 
 
 def _decoded(text: str) -> bytes:

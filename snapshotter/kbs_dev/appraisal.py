@@ -115,7 +115,7 @@ class TokenSigner:
     def sign(self, claims: dict[str, Any]) -> str:
         jwk = {"kty": "EC", "crv": "P-256", "alg": "ES256"} | teekey.coordinates(self.public_key)
         parts = [{"alg": "ES256", "typ": "JWT", "jwk": jwk}, claims]
-        signed = ".".join(b64url_encode(json.dumps(part, separators=(",", ":")).encode()) for part in parts)
+        signed = ".".join(b64url_encode(encoding.json_bytes(part)) for part in parts)
         r, s = decode_dss_signature(self._key.sign(signed.encode(), ec.ECDSA(hashes.SHA256())))
         return f"{signed}.{b64url_encode(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
 

@@ -1,6 +1,5 @@
 """Answers encrypted to an attested key, byte for byte as a KBS writes them (flattened JWE, A256GCM)."""
 
-import json
 import secrets
 from typing import Any
 
@@ -23,7 +22,7 @@ def encrypt(jwk: Any, payload: bytes) -> bytes:
     extra, wrapped = _wrap(_public_key(jwk), cek)
     # Clients rebuild this string to authenticate it: alg, enc, then the rest sorted, without white space.
     header = {"alg": jwk["alg"], "enc": "A256GCM"} | extra
-    protected = b64url_encode(_json(header))
+    protected = b64url_encode(encoding.json_bytes(header))
     sealed = AESGCM(cek).encrypt(iv, payload, protected.encode())
     answer = {
         "protected": protected,
@@ -32,7 +31,7 @@ def encrypt(jwk: Any, payload: bytes) -> bytes:
         "ciphertext": b64url_encode(sealed[:-16]),
         "tag": b64url_encode(sealed[-16:]),
     }
-    return _json(answer)
+    return encoding.json_bytes(answer)
 
 
 def check_key(jwk: Any) -> None:
@@ -68,7 +67,3 @@ def _public_key(jwk: Any) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
         return rsa.RSAPublicNumbers(int.from_bytes(e, "big"), int.from_bytes(n, "big")).public_key()
     except ValueError:
         raise MalformedImage(f"{_WHAT}: not an RSA key") from None
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()

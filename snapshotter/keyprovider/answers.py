@@ -5,7 +5,6 @@ Wrapped is what is the private options of a layer, under a KEK that is named as 
 reads nothing else and Go reads those, too.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -143,4 +142,4 @@ def _text(ec: Mapping[str, Any]) -> str:
 
 
 def _reply(results: str, member: str, content: bytes) -> bytes:
-    return json.dumps({results: {member: list(content)}}, separators=(",", ":")).encode()
+    return encoding.json_bytes({results: {member: list(content)}})

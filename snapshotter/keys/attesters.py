@@ -10,10 +10,10 @@ from snapshotter.keys.resource import denying
 from snapshotter.registry.retry import Clock, Transient
 
 EVIDENCE_BYTES: Final = 1 << 20
+# Not `se`: its challenge is no nonce but a request for the firmware.
 _TEES: Final = frozenset(
     "az-snp-vtpm az-tdx-vtpm nvidia sgx snp tdx cca csv hygondcu tpm sample sampledevice".split()  # noqa: SIM905
 )
-# Not `se`: its challenge is no nonce but a request for the firmware.
 _SAMPLES: Final = frozenset(("sample", "sampledevice"))
 _AGENT: Final = "attestation_agent.AttestationAgentService"
 

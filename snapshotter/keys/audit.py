@@ -19,6 +19,7 @@ from typing import Any, Final
 import structlog
 
 from snapshotter.config import Limits
+from snapshotter.crypto import encoding
 from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.errors import IntegrityError, SnapshotterError
 from snapshotter.keys import wrapping
@@ -56,7 +57,7 @@ class AuditLog:
             "previous": self.head,
         }
         entry["hash"] = _hash(entry)
-        line = _encode(entry) + b"\n"
+        line = encoding.json_bytes(entry) + b"\n"
         before = os.fstat(self._fd).st_size
         try:
             if os.write(self._fd, line) != len(line):
@@ -185,16 +186,19 @@ def _decode(line: bytes, name: str) -> dict[str, Any]:
         entry = json.loads(line)
         if line.endswith(b"\n"):
             line = line[:-1]
-        if _encode(entry) == line and type(entry["n"]) is int and isinstance(entry["hash"], str) and entry["previous"]:
+        if (
+            encoding.json_bytes(entry) == line
+            and type(entry["n"]) is int
+            and isinstance(entry["hash"], str)
+            and entry["previous"]
+        ):
             return entry  # type: ignore[no-any-return]
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise broken(f"{name}: a line is not one that was written here")
 
 
-def _encode(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, separators=(",", ":"), ensure_ascii=True).encode()
-
-
 def _hash(entry: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_encode({name: value for name, value in entry.items() if name != "hash"})).hexdigest()
+    return hashlib.sha256(
+        encoding.json_bytes({name: value for name, value in entry.items() if name != "hash"})
+    ).hexdigest()

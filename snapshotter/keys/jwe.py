@@ -76,7 +76,7 @@ def wrap(payload: SecretBytes, recipients: Sequence[bytes]) -> bytes:
     cek = secrets.token_bytes(32)
     wrapped = [_wrap_key(cek, _public_key(pem, number)) for number, pem in enumerate(recipients, 1)]
     protected = {"enc": "A256GCM"} if len(wrapped) > 1 else dict(sorted((wrapped[0][0] | {"enc": "A256GCM"}).items()))
-    packet: dict[str, Any] = {"protected": b64url_encode(_json(protected))}
+    packet: dict[str, Any] = {"protected": b64url_encode(encoding.json_bytes(protected))}
     if len(wrapped) > 1:
         packet["recipients"] = [{"header": header, "encrypted_key": b64url_encode(key)} for header, key in wrapped]
     # go-jose writes the first recipient's key here in the general form too; RFC 7516 readers ignore or refuse neither.
@@ -84,7 +84,7 @@ def wrap(payload: SecretBytes, recipients: Sequence[bytes]) -> bytes:
     iv = secrets.token_bytes(12)
     sealed = AESGCM(cek).encrypt(iv, payload.expose(), packet["protected"].encode())
     packet |= {"iv": b64url_encode(iv), "ciphertext": b64url_encode(sealed[:-16]), "tag": b64url_encode(sealed[-16:])}
-    return _json(packet)
+    return encoding.json_bytes(packet)
 
 
 def unwrap(packet: bytes, keys: Sequence[PrivateKey], *, max_recipients: int = 64) -> SecretBytes:
@@ -208,7 +208,3 @@ def _algorithms(key: object) -> tuple[str, ...]:
     if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in _CURVES:
         return EC_ALGORITHMS
     raise InvalidArgument("key: only RSA of at least 2048 bits and the curves P-256, P-384, P-521 are supported")
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()

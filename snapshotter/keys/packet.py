@@ -8,7 +8,6 @@ block, 16 bytes) is not authenticated: whoever learned one layer key can turn it
 A256CTR packet of a layer key of his choice. It is opened only on request.
 """
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,7 +73,7 @@ class Kek:
             "iv": encoding.b64_encode(iv),
             "wrap_type": "A256GCM",
         }
-        return json.dumps(value, separators=(",", ":")).encode()
+        return encoding.json_bytes(value)
 
 
 @dataclass(frozen=True, slots=True)

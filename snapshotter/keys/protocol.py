@@ -7,7 +7,6 @@ array of integers (Rust).
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -257,7 +256,7 @@ def _request(raw: bytes) -> bytes:
     unwrap = {"dc": {"Parameters": {}}, "annotation": encoding.b64_encode(raw)}
     wrap = {"ec": None, "optsdata": None}
     request = {"op": "keyunwrap", "keywrapparams": wrap, "keyunwrapparams": unwrap}
-    return json.dumps(request, separators=(",", ":")).encode()
+    return encoding.json_bytes(request)
 
 
 def _wrap_request(name: str, text: str, options: SecretBytes) -> bytes:
@@ -268,7 +267,7 @@ def _wrap_request(name: str, text: str, options: SecretBytes) -> bytes:
     }
     unwrap = {"dc": None, "annotation": None}
     request = {"op": "keywrap", "keywrapparams": wrap, "keyunwrapparams": unwrap}
-    return json.dumps(request, separators=(",", ":")).encode()
+    return encoding.json_bytes(request)
 
 
 def _options(reply: bytes, name: str) -> SecretBytes:

@@ -47,7 +47,9 @@ def canonical(value: Any) -> bytes:
 
 def request(tee: str) -> bytes:
     """The body of auth."""
-    return _json({"version": VERSION, "tee": tee, "extra-params": {"supported-hash-algorithms": list(_HASHES)}})
+    return encoding.json_bytes(
+        {"version": VERSION, "tee": tee, "extra-params": {"supported-hash-algorithms": list(_HASHES)}}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def attestation(
     challenge: Challenge, jwk: dict[str, str], evidence: dict[str, Any], additional: str, init_data: str
 ) -> bytes:
     """The body of attest. `init_data` is the whole TOML text, "" = none."""
-    return _json(
+    return encoding.json_bytes(
         {
             "init-data": {"format": "toml", "body": init_data} if init_data else None,
             "runtime-data": {"nonce": challenge.nonce, "tee-pubkey": jwk},
@@ -175,7 +177,3 @@ def _same_key(found: Any, jwk: dict[str, str]) -> bool:
     """Compares what makes a key; `alg` is advice and may be left out."""
     names = [name for name in jwk if name != "alg"]
     return isinstance(found, dict) and all(found.get(name) == jwk[name] for name in names)
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from snapshotter import labels
 from snapshotter.config import Limits
+from snapshotter.crypto import encoding
 from snapshotter.errors import InvalidArgument, MalformedImage
 from snapshotter.keys import annotations as enc
 from snapshotter.keys import wrapping
@@ -88,4 +89,4 @@ def _cut(packet: bytes, stays: Sequence[int]) -> bytes:
     value["recipients"] = [value["recipients"][place] for place in stays]
     if "encrypted_key" in value:
         value["encrypted_key"] = value["recipients"][0]["encrypted_key"]
-    return json.dumps(value, separators=(",", ":")).encode()
+    return encoding.json_bytes(value)

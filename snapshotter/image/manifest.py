@@ -105,7 +105,6 @@ class ResolvedImage:
 
     manifest: Manifest
     manifest_digest: Digest
-    raw_manifest: bytes
     image_config: ImageConfig
     raw_config: bytes
 
@@ -119,8 +118,11 @@ def document_type(raw: bytes, content_type: str = "") -> str:
 
     The two must not contradict each other (CVE-2021-41190). Raises MalformedImage, also for unknown types.
     """
+    return _kind(_load(raw, "manifest"), content_type)
+
+
+def _kind(document: Mapping[str, Any], content_type: str) -> str:
     declared = content_type.partition(";")[0].strip()
-    document = _load(raw, "manifest")
     stated = document.get("mediaType", "")
     if not isinstance(stated, str):
         raise MalformedImage("manifest: mediaType is not a string")
@@ -137,17 +139,19 @@ def document_type(raw: bytes, content_type: str = "") -> str:
 def parse_manifest(raw: bytes, limits: Limits, content_type: str = "") -> Manifest:
     """Raises MalformedImage and LimitExceeded."""
     _bound("manifest", "manifest_bytes", len(raw), limits.manifest_bytes)
-    kind = document_type(raw, content_type)
+    document = _load(raw, "manifest")
+    kind = _kind(document, content_type)
     if kind not in MANIFEST_TYPES:
         raise MalformedImage(f"manifest: is an index ({kind}), not the manifest of one image")
-    document = _load(raw, "manifest")
     if "manifests" in document:
         raise MalformedImage("manifest: has `manifests` like an index")
     _no_lookalikes(Manifest, document, "manifest")
     manifest = _decode(raw, Manifest, "manifest")
     _bound("manifest", "layers", len(manifest.layers), limits.layers)
     _check_annotations("manifest", manifest.annotations, limits)
-    for descriptor, shown in zip((manifest.config, *manifest.layers), _descriptors(document), strict=True):
+    for descriptor, shown in zip(
+        (manifest.config, *manifest.layers), [document["config"], *document["layers"]], strict=True
+    ):
         _no_lookalikes(Descriptor, shown, "manifest: descriptor")
         _check_descriptor("manifest", descriptor, limits)
     if manifest.config.media_type not in CONFIG_TYPES:
@@ -162,10 +166,10 @@ def parse_manifest(raw: bytes, limits: Limits, content_type: str = "") -> Manife
 def parse_index(raw: bytes, limits: Limits, content_type: str = "") -> Index:
     """Raises MalformedImage and LimitExceeded. Entries of foreign media types (attestations, …) are kept."""
     _bound("index", "manifest_bytes", len(raw), limits.manifest_bytes)
-    kind = document_type(raw, content_type)
+    document = _load(raw, "index")
+    kind = _kind(document, content_type)
     if kind not in INDEX_TYPES:
         raise MalformedImage(f"index: is {kind}, not an index")
-    document = _load(raw, "index")
     if "layers" in document or "config" in document:
         raise MalformedImage("index: has `layers` or `config` like a manifest")
     _no_lookalikes(Index, document, "index")
@@ -256,7 +260,7 @@ async def fetch_image(source: ImageSource, reference: Reference, platform: str |
         raise MalformedImage(
             f"image {reference}: config has {len(config.diff_ids)} diff_ids, manifest has {len(manifest.layers)} layers"
         )
-    return ResolvedImage(manifest, digest, raw, config, raw_config)
+    return ResolvedImage(manifest, digest, config, raw_config)
 
 
 def encode(document: Manifest | Index | Descriptor) -> bytes:
@@ -325,10 +329,6 @@ def _no_lookalikes(kind: type, document: Mapping[str, Any], what: str, also: Seq
     for name in document:
         if name not in known and name.casefold() in folded:
             raise MalformedImage(f"{what}: member {_shown(name)} differs from a known one only in case")
-
-
-def _descriptors(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [document["config"], *document["layers"]]
 
 
 def _shown(text: str, longest: int = 120) -> str:

@@ -320,7 +320,7 @@ def image(tmp_path: Path) -> Image:
 async def test_an_image_is_fetched_through_its_index(image: Image) -> None:
     digest = await image.store()
     resolved = await m.fetch_image(image.layout, image.reference, "linux/amd64", LIMITS)
-    assert resolved.manifest_digest == digest == Digest.of(resolved.raw_manifest)
+    assert resolved.manifest_digest == digest
     assert resolved.config == image.config
     assert raw(resolved.config) == resolved.raw_config
     pinned = await m.fetch_image(image.layout, image.reference.pinned(digest), None, LIMITS)

@@ -63,7 +63,7 @@ async def test_an_image_goes_there_and_back_and_skopeo_reads_it(work: Work) -> N
     raw = subprocess.run(  # noqa: ASYNC221
         ["skopeo", "inspect", "--raw", "--tls-verify=false", str(location)], check=True, capture_output=True
     ).stdout
-    assert raw == resolved.raw_manifest
+    assert Digest.of(raw) == resolved.manifest_digest
     agents = {request.agent for request in registry.since() if request.digest == DIGEST}
     assert all(agent.startswith("coco-snapshotter/") for agent in agents)
 

@@ -13,6 +13,7 @@ import pytest
 from snapshotter import labels
 from snapshotter.bootstrap.loader import Loader
 from snapshotter.config import Config, Limits, Policy
+from snapshotter.crypto.layer import LayerPrivate
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.digest import Digest
 from snapshotter.errors import KeyDenied, SnapshotterError
@@ -21,7 +22,7 @@ from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
 from snapshotter.keys.packet import PacketKeys
 from snapshotter.keys.provider import AnyOf, FileKeys, KeyProvider
-from snapshotter.keys.resource import ResourceUri
+from snapshotter.keys.resource import Resources, ResourceUri
 from snapshotter.registry.layout import OciLayout
 from snapshotter.snapshots.images import Images
 from snapshotter.snapshots.pullpath import origin
@@ -136,12 +137,24 @@ class Broker:
         return SecretBytes(self._resources[str(uri)])
 
 
+class Asked:
+    """A key provider that counts how often it is asked."""
+
+    def __init__(self, provider: KeyProvider) -> None:
+        self._provider = provider
+        self.times = 0
+
+    async def unwrap(self, annotations: Mapping[str, str], limits: Limits) -> LayerPrivate:
+        self.times += 1
+        return await self._provider.unwrap(annotations, limits)
+
+
 class Node:
     """A node that pulls: real rooms over an attacker's registry."""
 
     def __init__(
         self, registry: Registry, key: Path | None, tmp: Path, mode: str = "open", require: str = "any", *pins: str,
-        limits: Limits | None = None, rules: Policy | None = None, resources: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None, rules: Policy | None = None, broker: Resources | None = None,
     ) -> None:  # fmt: skip
         limits = limits or Limits()
         wanted = rules or Policy(require=require, pins=pins)  # type: ignore[arg-type]
@@ -150,8 +163,8 @@ class Node:
         self.cache = tmp / "cache"
         self.plane = NoDataPlane()
         keys: list[KeyProvider] = [FileKeys([key])] if key else []
-        provider = AnyOf([*keys, *([PacketKeys(Broker(resources))] if resources else [])])
-        loader = Loader(source, provider, self.cache, limits, policy)
+        self.keys = Asked(AnyOf([*keys, *([PacketKeys(broker)] if broker else [])]))
+        loader = Loader(source, self.keys, self.cache, limits, policy)
         documents = DocumentCache(source, self.cache / "documents", limits)
         settings = Config(cache_dir=str(self.cache), policy=wanted)
         resolver = Resolver(documents, origin(settings, policy, documents), limits)
@@ -193,9 +206,17 @@ def chain_ids(diff_ids: list[str]) -> list[str]:
     return chain
 
 
+BEFORE_KEYS = ("unauthentic-image", "wrapping", "digest-mismatch", "not-sealed")
+ONLY_INSIDE = "its chunks are not sealed"  # which shows when the bootstrap is open
+
+
 async def refused(node: Node, registry: Registry, manifest: Digest, reason: str, **how: Any) -> SnapshotterError:
+    """Nothing is left, and what can be told from outside was decided before anybody was asked for a key."""
+    asked = node.keys.times
     with pytest.raises(SnapshotterError) as caught:
         await node.prepare(registry, manifest, **how)
     assert caught.value.reason == reason, str(caught.value)
+    if reason in BEFORE_KEYS and ONLY_INSIDE not in str(caught.value):
+        assert node.keys.times == asked, "no key is asked for"
     node.assert_nothing_left()
     return caught.value

@@ -31,7 +31,7 @@ from snapshotter.keys.packet import Kek
 from snapshotter.keys.resource import ResourceUri
 from snapshotter.registry.layout import OciLayout
 from snapshotter.registry.reference import LayoutLocation, Reference
-from tests.tamper.attacker import REPOSITORY, Keys, Node, Registry, World, refused
+from tests.tamper.attacker import REPOSITORY, Broker, Keys, Node, Registry, World, refused
 
 TAG = f"{REPOSITORY}:app"
 KEK = "kbs:///default/image-kek/app"
@@ -299,7 +299,7 @@ def only_by_kek() -> Policy:
 
 
 async def test_an_image_under_the_owners_kek_is_authentic(made: World, registry: Registry, tmp_path: Path) -> None:
-    node = Node(registry, None, tmp_path, "confidential", rules=only_by_kek(), resources={KEK: SECRET})
+    node = Node(registry, None, tmp_path, "confidential", rules=only_by_kek(), broker=Broker({KEK: SECRET}))
     assert (await node.prepare(registry, registry.digest("kek"), TAG)).kind == "data"
 
 
@@ -315,7 +315,7 @@ async def test_the_public_key_opens_nothing_where_the_kek_counts(
 
     evil = registry.forge("evil", add_packet)
     rules, resources = only_by_kek(), {KEK: SECRET}
-    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=rules, resources=resources)
+    node = Node(registry, made.keys.private, tmp_path, "confidential", rules=rules, broker=Broker(resources))
     await refused(node, registry, evil, "layer-hmac", reference=TAG)
     await refused(node, registry, registry.digest("evil"), "unauthentic-image", reference=TAG)
 
@@ -329,7 +329,7 @@ async def test_swapped_config_and_bootstrap_under_the_kek(made: World, registry:
         manifest["layers"][-1] = registry.manifest("other")["layers"][-1]
         config["rootfs"]["diff_ids"][-1] = manifest["layers"][-1]["digest"]
 
-    node = Node(registry, None, tmp_path, "confidential", rules=only_by_kek(), resources={KEK: SECRET})
+    node = Node(registry, None, tmp_path, "confidential", rules=only_by_kek(), broker=Broker({KEK: SECRET}))
     swapped = registry.forge("kek", swap_entrypoint)
     await refused(node, registry, swapped, "config-mismatch", reference=TAG)
     swapped = registry.forge("kek", swap_bootstrap)
@@ -349,7 +349,7 @@ async def test_a_plain_layer_upon_an_image_under_the_kek(
 
     evil = registry.forge("kek", add_layer)
     rules = Policy(require=require, repositories=only_by_kek().repositories)  # type: ignore[arg-type]
-    node = Node(registry, None, tmp_path, rules=rules, resources={KEK: SECRET})
+    node = Node(registry, None, tmp_path, rules=rules, broker=Broker({KEK: SECRET}))
     top = len(registry.manifest("kek")["layers"])
     with pytest.raises(SnapshotterError) as caught:
         await node.prepare(registry, evil, TAG, layer=top)
@@ -372,7 +372,7 @@ async def test_an_encrypted_bootstrap_of_chunks_that_are_not_sealed(
     image = registry.forge("plain", swap)
     for number, rule in enumerate((RepositoryRule(name=REPOSITORY, sealed=True), only_by_kek().repositories[0])):
         rules = Policy(repositories=(rule,))
-        node = Node(registry, made.keys.private, tmp_path / str(number), rules=rules, resources={KEK: SECRET})
+        node = Node(registry, made.keys.private, tmp_path / str(number), rules=rules, broker=Broker({KEK: SECRET}))
         await refused(node, registry, image, "not-sealed", reference=TAG)
     top = len(registry.manifest("plain")["layers"]) - 1
     node = Node(registry, made.keys.private, tmp_path)
@@ -393,7 +393,7 @@ async def test_an_image_that_is_not_encrypted_where_recipients_are_required(
     ordinary = registry.forge("plain", drop_all)
     for wanted in ({"recipients": (KEK,)}, {"ciphers": ("A256GCM",)}):
         rules = Policy(repositories=(RepositoryRule(name=REPOSITORY, **wanted),))  # type: ignore[arg-type]
-        node = Node(registry, made.keys.private, tmp_path, rules=rules, resources={KEK: SECRET})
+        node = Node(registry, made.keys.private, tmp_path, rules=rules, broker=Broker({KEK: SECRET}))
         for image in (ordinary, registry.digest("plain"), registry.forge("plain", borrow_packets)):
             await refused(node, registry, image, "wrapping", reference=TAG)
 

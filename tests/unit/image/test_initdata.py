@@ -63,3 +63,15 @@ def test_what_is_obeyed_is_what_is_attested(tmp_path: Path) -> None:
     other = Keys(kbs=Kbs(init_data="/run/other.toml"))
     with pytest.raises(ConfigError, match=r"keys\.kbs\.init_data, which is attested, /run/other\.toml"):
         with_initdata(msgspec.structs.replace(wanted, keys=other))
+
+
+def test_initdata_cut_anywhere_is_refused_or_whole_up_to_there(tmp_path: Path) -> None:
+    whole = document(f'[policy]\nrequire = "pinned"\npins = ["{A}"]\n')
+    accepted = []
+    for length in range(len(whole) + 1):
+        try:
+            accepted.append(with_initdata(settings(tmp_path, whole[:length], Policy())).policy)
+        except ConfigError:
+            continue
+    assert accepted
+    assert {(policy.require, policy.pins) for policy in accepted} == {("pinned", (A,))}, "never a part of the policy"

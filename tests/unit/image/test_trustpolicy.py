@@ -128,3 +128,11 @@ def test_whom_a_signature_must_name(
 def test_a_policy_that_is_not_wholly_understood_is_refused(document: Any) -> None:
     with pytest.raises(ConfigError, match="policy test: "):
         parse(document)
+
+
+def test_a_policy_cut_anywhere_is_refused() -> None:
+    whole = json.dumps({"default": REJECT, "transports": {"docker": {"registry.example": [COSIGN]}}}).encode()
+    parse(whole)
+    for length in range(len(whole)):
+        with pytest.raises(ConfigError, match="policy test: "):
+            parse(whole[:length])

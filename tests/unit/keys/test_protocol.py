@@ -303,6 +303,22 @@ async def test_replies_of_another_form_are_refused(reply: object) -> None:
         await ocicrypt.decrypt_layer(*encrypted(), ProviderKeys({NAME: Fixed()}), Limits())
 
 
+async def test_a_reply_cut_anywhere_is_refused() -> None:
+    class CutsShort:
+        length: int | None = None
+
+        async def call(self, request: bytes, method: str = "") -> bytes:
+            return wrapping_provider.answer(request)[: self.length]
+
+    provider = CutsShort()
+    made, keys = encrypted(), ProviderKeys({NAME: provider})
+    assert await ocicrypt.decrypt_layer(*made, keys, Limits()) == PLAIN
+    size = len(await provider.call(protocol._request(base64.b64decode(made[1][protocol.ANNOTATION_PREFIX + NAME]))))
+    for provider.length in range(size):
+        with pytest.raises(MalformedImage):
+            await ocicrypt.decrypt_layer(*made, keys, Limits())
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -23,6 +23,7 @@ from snapshotter.files import read_regular
 from snapshotter.kbs_dev import jwe
 from snapshotter.kbs_dev.appraisal import Policy, TokenSigner, appraise, init_data_claims
 from snapshotter.keys import rcar
+from snapshotter.keys.attesters import TEES
 from snapshotter.keys.http import is_loopback
 from snapshotter.keys.resource import RESOURCE_BYTES, ResourceUri
 
@@ -32,6 +33,7 @@ WARNING_HEADER: Final = ("X-Kbs-Dev", "development only; sample evidence proves 
 _SESSIONS: Final = 1024
 _REQUEST_BYTES: Final = 2 << 20
 _EVIDENCE: Final = ("primary_evidence", "additional_evidence")
+_TEES: Final = TEES | {"se"}
 _Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -106,8 +108,12 @@ class KbsDev:
         value = await _body(request, "request", required=("version", "tee"), optional=("extra-params",))
         if value["version"] != rcar.VERSION:
             raise Refusal("ProtocolVersion", f"KBS client protocol version mismatch: expected {rcar.VERSION}")
+        if not isinstance(value["tee"], str) or value["tee"] not in _TEES:
+            raise MalformedImage("request: tee is none that there is")
+        if not isinstance(value.get("extra-params", {}), dict) and value["extra-params"] != "":
+            raise MalformedImage("request: extra-params is not an object")
         self._expire()
-        session, cookie = _Session(str(value["tee"]), self._clock() + self._session_seconds), uuid.uuid4().hex
+        session, cookie = _Session(value["tee"], self._clock() + self._session_seconds), uuid.uuid4().hex
         self._sessions[cookie] = session
         answer = web.json_response({"nonce": session.nonce, "extra-params": ""})
         answer.set_cookie(rcar.COOKIE, cookie, expires=formatdate(session.expires, usegmt=True), path="/")

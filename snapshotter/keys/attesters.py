@@ -11,7 +11,7 @@ from snapshotter.registry.retry import Clock, Transient
 
 EVIDENCE_BYTES: Final = 1 << 20
 # Not `se`: its challenge is no nonce but a request for the firmware.
-_TEES: Final = frozenset(
+TEES: Final = frozenset(
     "az-snp-vtpm az-tdx-vtpm nvidia sgx snp tdx cca csv hygondcu tpm sample sampledevice".split()  # noqa: SIM905
 )
 _SAMPLES: Final = frozenset(("sample", "sampledevice"))
@@ -87,9 +87,9 @@ class RestAttester:
 
     def __init__(self, url: str, tee: str, clock: Clock, timeout_seconds: float) -> None:
         """Raises ConfigError for a URL that is not loopback, or a TEE that no KBS knows."""
-        if tee not in _TEES - _SAMPLES:
+        if tee not in TEES - _SAMPLES:
             raise ConfigError(
-                f"config: keys.kbs.tee: must be one of {', '.join(sorted(_TEES - _SAMPLES))}",
+                f"config: keys.kbs.tee: must be one of {', '.join(sorted(TEES - _SAMPLES))}",
                 hint="the REST endpoint does not say it",
             )
         self._service = KeyService(url, clock, option="keys.kbs.rest_url", loopback_only=True)
@@ -129,7 +129,7 @@ def _known(tee: str, who: str) -> str:
         raise KeyDenied(
             f"{who}: this machine has no TEE, its evidence would be made up", hint="keys.kbs.insecure_sample_attester"
         )
-    if tee not in _TEES:
+    if tee not in TEES:
         raise KeyDenied(f"{who}: reports a TEE that is not supported")
     return tee
 

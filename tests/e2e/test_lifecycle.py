@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -38,16 +39,38 @@ def test_images_run_after_a_restart_without_the_registry(node: NodeMaker, images
     assert guest.shell(reference, READ_ALL) == expected()
 
 
+def key_memory(pid: int) -> list[dict[str, str]]:
+    """Mappings of attached images, with their keys, in a process; descriptors of them count as unlocked mappings."""
+    found: list[dict[str, str]] = []
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        head, _, rest = line.partition(" ")
+        if not head.endswith(":"):
+            found.append({"name": rest})
+        else:
+            found[-1][head[:-1]] = rest.strip()
+    held = [{"name": os.readlink(link), "VmFlags": ""} for link in Path(f"/proc/{pid}/fd").iterdir()]
+    return [entry for entry in [*found, *held] if "memfd:image" in entry["name"]]
+
+
 def test_removing_an_image_frees_its_mount_and_its_memory(node: NodeMaker, images: Images) -> None:
     guest = node()
+    pids = guest.daemon.pids()
     references = [guest.pull(image) for image in (images.sealed(), images.plain())]
     for reference in references:
         assert guest.shell(reference, READ_ALL) == expected()
     assert len(guest.daemon.images_mounted()) == 2
+    mapped = [entry for entry in key_memory(pids["blobd"]) if entry["VmFlags"]]
+    assert len(mapped) == 2
+    for entry in mapped:
+        assert "lo" in entry["VmFlags"].split(), "locked, so it is never swapped"
+        assert entry["Locked"] == entry["Size"], "all of it"
+    assert len(key_memory(pids["keeper"])) == 2
+    assert key_memory(pids["snapshotd"]) == []
     for reference in references:
         guest.containerd.remove_image(reference)
     guest.containerd.wait_for_no_snapshots()
     until(guest.is_empty, "nothing is mounted or attached", 10)
+    until(lambda: not any(key_memory(pid) for pid in pids.values()), "no process holds or maps a key", 10)
     assert guest.shell(guest.pull(images.sealed()), READ_ALL) == expected()
 
 

@@ -105,6 +105,17 @@ async def test_other_versions(peer: Peer, version: object) -> None:
     assert "0.4.0" in refused(await peer.call("POST", "auth", REQUEST | {"version": version}), "ProtocolVersion")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"tee": None}, {"tee": {}}, {"tee": 7}, {"tee": "nonsense"}, {"tee": ""}, {"extra-params": 7},
+     {"extra-params": []}, {"extra-params": "x"}, {"extra-params": None}, {"more": 1}],
+    ids=str,
+)  # fmt: skip
+async def test_requests_of_another_form(peer: Peer, changes: dict[str, Any]) -> None:
+    refused(await peer.call("POST", "auth", REQUEST | changes), "AttestationError")
+    assert peer.cookie is None
+
+
 async def test_each_session_has_its_nonce_and_cookie(peer: Peer) -> None:
     made = [await peer.challenged() for _ in range(3)]
     assert len({cookie for cookie, _ in made}) == 3
@@ -201,8 +212,9 @@ async def test_bodies_that_are_none(peer: Peer, raw: bytes) -> None:
 
 
 async def test_bodies_that_are_too_long(peer: Peer) -> None:
-    async with peer.http.post(f"{peer.server.url}/kbs/v0/auth", data=io.BytesIO(b" " * (3 << 20))) as answer:
-        assert answer.status == 413
+    for path in ("auth", "attest"):
+        async with peer.http.post(f"{peer.server.url}/kbs/v0/{path}", data=io.BytesIO(b" " * (3 << 20))) as answer:
+            assert answer.status == (413 if path == "auth" else 401), "without a session nothing is read"
 
 
 async def test_sessions_end_and_are_bounded(tmp_path: Path) -> None:

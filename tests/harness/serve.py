@@ -19,13 +19,16 @@ WORKERS = ("keeper", "snapshotd", "blobd")
 
 
 def toml(table: Mapping[str, Any], prefix: str = "") -> str:
-    """A nested table of strings, numbers, booleans and lists as TOML."""
-    plain = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
-    text = "\n".join(plain) + "\n"
+    """A nested table of strings, numbers, booleans and lists, also of tables, as TOML."""
+    text = inner = ""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            text += f"\n[{prefix}{key}]\n{toml(value, f'{prefix}{key}.')}"
-    return text
+            inner += f"\n[{prefix}{key}]\n{toml(value, f'{prefix}{key}.')}"
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            inner += "".join(f"\n[[{prefix}{key}]]\n{toml(entry)}" for entry in value)
+        else:
+            text += f"{key} = {json.dumps(value)}\n"
+    return text + inner
 
 
 def program(

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.harness import serve
 from tests.harness.broker import NAME, Broker
 from tests.harness.kbs import put
 from tests.harness.machine import Work
+from tests.harness.process import Process
 
 pytestmark = [pytest.mark.root, pytest.mark.real]
 
@@ -167,3 +169,19 @@ def test_a_kek_is_rotated_as_the_runbook_says(node: NodeMaker, images: Images, w
         assert container.exec("/bin/sh", "-c", READ_ALL).stdout == expected(), "what is attached stays readable"
     finally:
         container.kill()
+
+
+@pytest.mark.parametrize("way", ["UnWrapKey", "GetResource", "REST"])
+def test_a_key_of_a_confidential_data_hub(node: NodeMaker, images: Images, work: Work, way: str) -> None:
+    key, socket = work.path / "kek", work.path / "cdh.sock"
+    key.write_bytes(bytes(range(32)))
+    image = images.sealed(1, "--recipient", f"kbs:///{NAME}={key}", label=f"cdh-{way.lower()}")
+    command: list[str | Path] = [sys.executable, "-m", "tests.harness.cdh", socket, NAME, key]
+    hub = Process(work, "cdh", command, environment={"PYTHONPATH": str(Path(__file__).parents[2])})
+    hub.wait_until(lambda: "\n" in hub.output(), "it listens")
+    address = hub.output().strip() if way == "REST" else f"unix://{socket}"
+    cdh = {"address": address, "unwrap": "cdh" if way == "UnWrapKey" else "here"}
+    guest = node(mode="confidential", keys={"files": [], "cdh": cdh})
+    assert guest.shell(guest.pull(image), READ_ALL) == expected()
+    *_, entry = map(json.loads, serve.program(work, "audit", "--root", guest.daemon.root, "--json").stdout.splitlines())
+    assert (entry["by"], entry["outcome"], entry["image"]) == ("cdh", "released", image.by_digest)

@@ -1,5 +1,6 @@
 """Keys from a Confidential Data Hub, over ttrpc and REST."""
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
@@ -7,57 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from snapshotter.config import Cdh, Keys, Limits
 from snapshotter.crypto.secret import SecretBytes
-from snapshotter.errors import ConfigError, KeyDenied, MalformedImage, SnapshotterError, Unavailable
+from snapshotter.errors import ConfigError, KeyDenied, LimitExceeded, MalformedImage, SnapshotterError, Unavailable
 from snapshotter.keys import cdh, configured, ocicrypt, packet
-from snapshotter.keys.packet import Kek, Packet
+from snapshotter.keys.cdh import CdhRestResources
+from snapshotter.keys.packet import Kek, Packet, PacketKeys
 from snapshotter.keys.provider import KeyProvider
 from snapshotter.keys.resource import ResourceUri
-from tests.harness.ttrpc import TtrpcServer, field, first_field
+from snapshotter.registry.retry import SystemClock
+from tests.harness.cdh import Hub, Rest
 
 URI = ResourceUri("default", "image-kek", "one")
 KEY = b"canary-canary-canary-canary-can!"
 PLAIN = b"layer content"
 
 
-class Hub:
-    """CDH with one resource."""
-
-    def __init__(self, path: Path) -> None:
-        self.resource = KEY
-        self.reply: bytes | None = None
-        self.server = TtrpcServer(
-            path,
-            {
-                ("api.GetResourceService", "GetResource"): self.get,
-                ("keyprovider.KeyProviderService", "UnWrapKey"): self.unwrap,
-            },
-        )
-
-    async def get(self, request: bytes) -> tuple[int, bytes]:
-        if first_field(request, 1).decode() != str(URI):
-            return 13, b"[CDH] [ERROR]: canary"
-        return 0, field(1, self.resource)
-
-    async def unwrap(self, request: bytes) -> tuple[int, bytes]:
-        if self.reply is not None:
-            return 0, field(1, self.reply)
-        asked = json.loads(first_field(request, 1))
-        assert asked["op"] == "keyunwrap"
-        found = Packet.parse(base64.b64decode(asked["keyunwrapparams"]["annotation"]))
-        try:
-            options = found.open(SecretBytes(self.resource)).expose()
-        except KeyDenied:
-            return 13, b"[CDH] [ERROR]: canary"
-        return 0, field(1, json.dumps({"keyunwrapresults": {"optsdata": list(options)}}).encode())
-
-
 @pytest.fixture
 async def hub(tmp_path: Path) -> AsyncIterator[Hub]:
-    made = Hub(tmp_path / "cdh.sock")
+    made = Hub(tmp_path / "cdh.sock", "default/image-kek/one", KEY)
     async with made.server:
         yield made
 
@@ -128,30 +98,10 @@ async def test_resources_that_are_no_key(hub: Hub, resource: bytes) -> None:
         await ocicrypt.decrypt_layer(*sealed(), provider(f"unix://{hub.server.path}"), Limits())
 
 
-class Rest:
-    """api-server-rest with feature resource."""
-
-    def __init__(self) -> None:
-        self.status = 200
-        self.body = KEY
-        self.paths: list[str] = []
-        self.url = ""
-
-    async def get(self, request: web.Request) -> web.Response:
-        self.paths.append(request.path)
-        return web.Response(status=self.status, body=self.body)
-
-
 @pytest.fixture
 async def rest() -> AsyncIterator[Rest]:
-    made, app = Rest(), web.Application()
-    app.router.add_get("/{path:.*}", made.get)
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    yield made
-    await runner.cleanup()
+    async with Rest(KEY) as made:
+        yield made
 
 
 async def test_layers_open_over_rest(rest: Rest) -> None:
@@ -167,6 +117,33 @@ async def test_what_rest_answers(rest: Rest, status: int, kind: type[Snapshotter
     with pytest.raises(kind, match=str(status)) as caught:
         await ocicrypt.decrypt_layer(*sealed(), provider(rest.url), Limits())
     assert "canary" not in str(caught.value)
+
+
+async def test_a_rest_that_hangs(rest: Rest) -> None:
+    rest.silent = asyncio.Event()
+    resources = CdhRestResources(rest.url, SystemClock(), timeout_seconds=0.3)
+    with pytest.raises(Unavailable):
+        await ocicrypt.decrypt_layer(*sealed(), PacketKeys(resources), Limits())
+
+
+async def test_a_reply_to_unwrap_cut_anywhere(hub: Hub) -> None:
+    made, keys = sealed(), provider(f"unix://{hub.server.path}", "cdh")
+    annotation = base64.b64decode(made[1][packet.ANNOTATION])
+    with Packet.parse(annotation).open(SecretBytes(KEY)) as options:
+        whole = json.dumps({"keyunwrapresults": {"optsdata": list(options.expose())}}).encode()
+    hub.reply = whole
+    assert await ocicrypt.decrypt_layer(*made, keys, Limits()) == PLAIN
+    for length in range(len(whole)):
+        hub.reply = whole[:length]
+        with pytest.raises(MalformedImage):
+            await ocicrypt.decrypt_layer(*made, keys, Limits())
+
+
+async def test_a_reply_to_unwrap_without_end(hub: Hub) -> None:
+    for size in (300 << 10, 5 << 20):  # above what a key provider may say, and above what ttrpc carries
+        hub.reply = b" " * size
+        with pytest.raises((LimitExceeded, KeyDenied, Unavailable)):
+            await ocicrypt.decrypt_layer(*sealed(), provider(f"unix://{hub.server.path}", "cdh"), Limits())
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 33, bytes(3 << 20)], ids=len)

@@ -21,12 +21,13 @@ def put(directory: Path, name: str, content: bytes) -> Path:
 
 
 class Between:
-    """Forwards to a KBS. `before` may answer instead of it; `after` may change the body of an answer."""
+    """Forwards to a KBS. `before` may answer instead of it; `asked` and `after` may change the bodies that pass."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.before: Callable[[web.Request], Awaitable[web.StreamResponse | None]] | None = None
         self.after: Callable[[str, bytes], bytes] | None = None
+        self.asked: Callable[[str, bytes], bytes] | None = None
         self.requests: list[str] = []
         self.bodies: list[bytes] = []
         self.url = ""
@@ -51,7 +52,9 @@ class Between:
         self.bodies.append(body)
         if self.before and (answer := await self.before(request)) is not None:
             return answer
-        headers = {name: value for name, value in request.headers.items() if name != "Host"}
+        if self.asked:
+            body = self.asked(request.path.removeprefix("/kbs/v0/"), body)
+        headers = {name: value for name, value in request.headers.items() if name not in ("Host", "Content-Length")}
         async with (
             aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session,
             session.request(request.method, self.upstream + request.path, data=body, headers=headers) as found,

@@ -1,5 +1,6 @@
 """Evidence from the guest's services."""
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
@@ -13,11 +14,11 @@ from msgspec import structs
 from snapshotter.config import Kbs
 from snapshotter.errors import ConfigError, KeyDenied, Unavailable
 from snapshotter.keys import rcar
-from snapshotter.keys.attesters import AgentAttester, RestAttester, SampleAttester
+from snapshotter.keys.attesters import AgentAttester, Attester, RestAttester, SampleAttester
 from snapshotter.keys.kbs import KbsClient
 from snapshotter.keys.resource import ResourceUri
 from snapshotter.registry.retry import SystemClock
-from tests.harness.kbs import Between, kbs_dev
+from tests.harness.kbs import Between, kbs_dev, put
 from tests.harness.ttrpc import TtrpcServer, field, first_field
 
 AGENT = "attestation_agent.AttestationAgentService"
@@ -87,6 +88,34 @@ async def test_evidence_that_is_none(agent: Agent, evidence: bytes) -> None:
         await AgentAttester(str(agent.server.path)).evidence(DATA)
 
 
+@pytest.mark.parametrize("method", ["GetTeeType", "GetEvidence", "GetAdditionalTees", "GetAdditionalEvidence"])
+@pytest.mark.parametrize("raw", [b"\xff", b"\x0a\xff", b"\x0a\x05ab", b"\x0b", b"\x0a\x01\xff", b"\x0a" * 99])
+async def test_answers_of_the_agent_that_are_none(agent: Agent, method: str, raw: bytes) -> None:
+    agent.devices = b"nvidia"
+
+    async def answers(_: bytes) -> tuple[int, bytes]:
+        return 0, raw
+
+    agent.server.handlers[AGENT, method] = answers
+    attester = AgentAttester(str(agent.server.path))
+    if method == "GetAdditionalTees" and raw == b"\x0a\x01\xff":  # says no more than that there is a device
+        assert "nvidia" in await attester.additional_evidence(DATA)
+        return
+    with pytest.raises(KeyDenied, match="attestation agent"):
+        await {"GetTeeType": attester.tee}.get(method, lambda: _evidence(attester))()
+
+
+async def _evidence(attester: Attester) -> None:
+    await attester.evidence(DATA)
+    await attester.additional_evidence(DATA)
+
+
+async def test_an_agent_that_never_ends(agent: Agent) -> None:
+    agent.evidence = lambda _: b" " * (8 << 20)  # above what ttrpc carries
+    with pytest.raises((KeyDenied, Unavailable)):
+        await AgentAttester(str(agent.server.path)).evidence(DATA)
+
+
 async def test_an_agent_that_is_away(tmp_path: Path) -> None:
     with pytest.raises(Unavailable):
         await AgentAttester(str(tmp_path / "absent")).tee()
@@ -99,14 +128,23 @@ class Rest:
         self.status = 200
         self.device_status = 200
         self.devices = b""
+        self.member = "report"  # of the evidence
+        self.body: bytes | None = None
+        self.hangs: asyncio.Event | None = None
         self.url = ""
 
     async def evidence(self, request: web.Request) -> web.Response:
+        if self.hangs:
+            await self.hangs.wait()
+        if self.body is not None:
+            return web.Response(body=self.body)
         assert request.query["encoding"] == "base64"
         data = base64.urlsafe_b64decode(request.query["runtime_data"] + "==")
-        return web.json_response({"report": base64.b64encode(data).decode()}, status=self.status)
+        return web.json_response({"svn": "1", self.member: base64.b64encode(data).decode()}, status=self.status)
 
     async def additional(self, _: web.Request) -> web.Response:
+        if self.hangs:
+            await self.hangs.wait()
         return web.Response(status=self.device_status, body=self.devices)
 
 
@@ -130,7 +168,7 @@ def over_rest(url: str, tee: str = "tdx", seconds: float = 10.0) -> RestAttester
 async def test_the_endpoint_over_rest(rest: Rest) -> None:
     attester = over_rest(rest.url)
     assert await attester.tee() == "tdx"
-    assert await attester.evidence(DATA) == {"report": base64.b64encode(DATA).decode()}
+    assert await attester.evidence(DATA) == {"svn": "1", "report": base64.b64encode(DATA).decode()}
     assert await attester.additional_evidence(DATA) == ""
     rest.devices = b'{"nvidia":{}}'
     assert await attester.additional_evidence(DATA) == '{"nvidia":{}}'
@@ -146,6 +184,23 @@ async def test_an_endpoint_that_refuses_or_fails(rest: Rest) -> None:
     rest.status = 500
     with pytest.raises(Unavailable, match="500"):
         await over_rest(rest.url).evidence(DATA)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'{"a"', b"\xff", b"x" * (2 << 20)], ids=["", "list", "cut", "bytes", "long"]
+)
+async def test_evidence_of_the_endpoint_that_is_none(rest: Rest, body: bytes) -> None:
+    rest.body = body
+    with pytest.raises(KeyDenied):
+        await over_rest(rest.url).evidence(DATA)
+
+
+async def test_an_endpoint_that_hangs(rest: Rest) -> None:
+    rest.hangs = asyncio.Event()
+    for ask in (over_rest(rest.url, seconds=0.3).evidence, over_rest(rest.url, seconds=0.3).additional_evidence):
+        with pytest.raises(Unavailable):
+            await ask(DATA)
+    rest.hangs.set()
 
 
 @pytest.mark.parametrize(
@@ -187,3 +242,20 @@ async def test_a_kbs_gets_the_agents_evidence_bound_to_its_nonce_and_our_key(age
     assert base64.b64decode(json.loads(devices)["nvidia"]) == challenge.device_report_data(jwk)
     primary = base64.b64decode(sent["tee-evidence"]["primary_evidence"]["report"])
     assert primary == challenge.report_data(jwk, devices)
+
+
+@pytest.mark.parametrize("way", ["agent", "rest"])
+async def test_a_key_is_released_for_evidence_of_the_guest(agent: Agent, rest: Rest, tmp_path: Path, way: str) -> None:
+    """The development KBS appraises nothing but sample evidence, so this guest's has its form."""
+    put(tmp_path, "a/b/c", b"secret")
+    agent.evidence = lambda data: json.dumps({"svn": "1", "report_data": base64.b64encode(data).decode()}).encode()
+    rest.member = "report_data"
+    attester = AgentAttester(str(agent.server.path)) if way == "agent" else over_rest(rest.url, "snp")
+    server = await kbs_dev(tmp_path)
+    async with Between(server.url) as between:
+        between.asked = lambda path, body: body.replace(b'"snp"', b'"sample"') if path == "auth" else body
+        client = KbsClient(Kbs(url=between.url), attester)
+        with await client.get(ResourceUri("a", "b", "c")) as secret:
+            assert secret.expose() == b"secret"
+    await server.stop()
+    assert between.requests == ["auth", "attest", "resource/a/b/c"]

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from snapshotter.crypto import encoding
 from snapshotter.crypto.encoding import b64url_encode
 from snapshotter.errors import MalformedImage
-from snapshotter.keys import rcar, teekey
+from snapshotter.keys import eckey, rcar
 
 ISSUER: Final = "coco-snapshotter kbs-dev: not for production"
 _HASHES: Final = ("sha256", "sha384", "sha512")
@@ -113,7 +113,7 @@ class TokenSigner:
         )
 
     def sign(self, claims: dict[str, Any]) -> str:
-        jwk = {"kty": "EC", "crv": "P-256", "alg": "ES256"} | teekey.coordinates(self.public_key)
+        jwk = {"kty": "EC", "crv": "P-256", "alg": "ES256"} | eckey.coordinates(self.public_key)
         parts = [{"alg": "ES256", "typ": "JWT", "jwk": jwk}, claims]
         signed = ".".join(b64url_encode(encoding.json_bytes(part)) for part in parts)
         r, s = decode_dss_signature(self._key.sign(signed.encode(), ec.ECDSA(hashes.SHA256())))

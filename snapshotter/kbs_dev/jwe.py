@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from snapshotter.crypto import encoding
 from snapshotter.crypto.encoding import b64url_encode
 from snapshotter.errors import MalformedImage
-from snapshotter.keys import teekey
+from snapshotter.keys import eckey, teekey
 from snapshotter.keys.jwe import concat_kdf
 
 _WHAT = "tee-pubkey"
@@ -45,7 +45,7 @@ def _wrap(key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey, cek: bytes) -> tupl
     ephemeral = ec.generate_private_key(key.curve)
     kek = concat_kdf(ephemeral.exchange(ec.ECDH(), key), teekey.EC_ALGORITHM, 32)
     curve = "P-256" if isinstance(key.curve, ec.SECP256R1) else "P-521"
-    epk = {"crv": curve, "kty": "EC"} | teekey.coordinates(ephemeral.public_key())
+    epk = {"crv": curve, "kty": "EC"} | eckey.coordinates(ephemeral.public_key())
     return {"epk": epk}, keywrap.aes_key_wrap(kek, cek)
 
 
@@ -53,7 +53,7 @@ def _public_key(jwk: Any) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
     if not isinstance(jwk, dict):
         raise MalformedImage(f"{_WHAT}: not an object")
     if jwk.get("kty") != "RSA":
-        key = teekey.public_key(jwk, _WHAT, optional=("alg",))
+        key = eckey.public_key(jwk, _WHAT, optional=("alg",))
         if jwk.get("alg") != teekey.EC_ALGORITHM:
             raise MalformedImage(f"{_WHAT}: alg is not {teekey.EC_ALGORITHM}")
         return key

@@ -55,8 +55,7 @@ class KeyProviderServer:
 
     def _bind_path(self, path: Path) -> str:
         try:
-            control.bind(path, socket.SOCK_STREAM).close()  # nobody else is there
-            path.unlink()
+            control.remove_stale(str(path), socket.SOCK_STREAM)
             before = os.umask(0o177)
             try:
                 self._server.add_insecure_port(f"unix:{quote(str(path))}")

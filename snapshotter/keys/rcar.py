@@ -14,14 +14,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from snapshotter.crypto import encoding
 from snapshotter.errors import KeyDenied, LimitExceeded, MalformedImage
-from snapshotter.keys import teekey
+from snapshotter.keys import eckey
 
 VERSION: Final = "0.4.0"
 PREFIX: Final = "/kbs/v0"
@@ -133,15 +130,10 @@ def verified_claims(text: str, signer: ec.EllipticCurvePublicKey | None) -> dict
         raise MalformedImage("token: alg is not ES256")
     if signer is None:
         # Trustee writes its certificates in here, and the coordinates without leading zeros.
-        signer = teekey.public_key(header.get("jwk"), "token: jwk", optional=_SIGNER_MEMBERS, padded=False)
+        signer = eckey.public_key(header.get("jwk"), "token: jwk", optional=_SIGNER_MEMBERS, padded=False)
     signature = encoding.b64url_decode(tail, "token: signature")
-    if len(signature) != 64 or not isinstance(signer.curve, ec.SECP256R1):
-        raise MalformedImage("token: not signed with P-256")
-    numbers = (int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big"))
-    try:
-        signer.verify(encode_dss_signature(*numbers), f"{head}.{body}".encode(), ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature:
-        raise KeyDenied("token: its signature is not the attestation service's") from None
+    if not eckey.is_signed(f"{head}.{body}".encode(), signature, signer, "token"):
+        raise KeyDenied("token: its signature is not the attestation service's")
     return encoding.json_object(encoding.b64url_decode(body, "token: claims"), "token: claims", MESSAGE_BYTES)
 
 

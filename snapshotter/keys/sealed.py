@@ -11,19 +11,16 @@ The signature says who chose the name; without it whoever passes the text on cou
 
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from snapshotter.crypto import encoding
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import KeyDenied, MalformedImage
+from snapshotter.keys import eckey
 from snapshotter.keys.resource import Resources, ResourceUri, denying
 
 TEXT_BYTES: Final = 64 << 10
 _WHAT: Final = "sealed secret"
-_COORDINATE: Final = 32
 
 
 async def unseal(text: str, resources: Resources) -> SecretBytes:
@@ -38,15 +35,14 @@ async def unseal(text: str, resources: Resources) -> SecretBytes:
         name = _vault(payload)
     with await resources.get(signer) as raw, denying(f"{_WHAT}: key {signer}"):
         key = _public_key(raw)
-    try:
-        key.verify(signature, signed, ec.ECDSA(hashes.SHA256()))
-    except InvalidSignature:
-        raise KeyDenied(f"{_WHAT}: its signature is not by {signer}") from None
+        genuine = eckey.is_signed(signed, signature, key, _WHAT)
+    if not genuine:
+        raise KeyDenied(f"{_WHAT}: its signature is not by {signer}")
     return await resources.get(name)
 
 
 def _parts(text: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
-    """Header, payload, what is signed, and the signature in DER."""
+    """Header, payload, what is signed, and the signature."""
     pieces = text.strip().split(".")
     if len(text) > TEXT_BYTES or len(pieces) != 4 or pieces[0] != "sealed":
         raise MalformedImage(f"{_WHAT}: not sealed.HEADER.PAYLOAD.SIGNATURE")
@@ -55,11 +51,8 @@ def _parts(text: str) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
     encoding.members(header, f"{_WHAT}: header", required=("alg", "kid"))
     if header["alg"] != "ES256":
         raise MalformedImage(f"{_WHAT}: alg is not ES256")
-    if len(raw[2]) != 2 * _COORDINATE:
-        raise MalformedImage(f"{_WHAT}: signature is not {2 * _COORDINATE} bytes")
-    r, s = (int.from_bytes(raw[2][at : at + _COORDINATE], "big") for at in (0, _COORDINATE))
     payload = encoding.json_object(raw[1], f"{_WHAT}: payload", TEXT_BYTES)
-    return header, payload, f"{pieces[1]}.{pieces[2]}".encode(), encode_dss_signature(r, s)
+    return header, payload, f"{pieces[1]}.{pieces[2]}".encode(), raw[2]
 
 
 def _vault(payload: dict[str, Any]) -> ResourceUri:
@@ -79,15 +72,7 @@ def _vault(payload: dict[str, Any]) -> ResourceUri:
 def _public_key(raw: SecretBytes) -> ec.EllipticCurvePublicKey:
     """A P-256 JWK (RFC 7517); members that say nothing about the key itself are let through."""
     what = f"{_WHAT}: key"
-    jwk = encoding.json_object(raw.expose(), what, TEXT_BYTES)
-    if jwk.get("kty") != "EC" or jwk.get("crv") != "P-256" or "d" in jwk:
+    document = encoding.json_object(raw.expose(), what, TEXT_BYTES)
+    if document.get("crv") != "P-256" or "d" in document:
         raise MalformedImage(f"{what}: not a public P-256 JWK")
-    point = [encoding.b64url_decode(encoding.string(jwk, name, what), what) for name in ("x", "y")]
-    if any(len(coordinate) != _COORDINATE for coordinate in point):
-        raise MalformedImage(f"{what}: a coordinate is not {_COORDINATE} bytes")
-    x, y = (int.from_bytes(coordinate, "big") for coordinate in point)
-    numbers = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1())
-    try:
-        return numbers.public_key()
-    except ValueError:
-        raise MalformedImage(f"{what}: not a point of its curve") from None
+    return eckey.public_key({name: document[name] for name in ("kty", "crv", "x", "y") if name in document}, what)

@@ -14,16 +14,15 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from snapshotter.crypto import encoding
-from snapshotter.crypto.encoding import b64url_encode
 from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import MalformedImage
+from snapshotter.keys import eckey
 from snapshotter.keys.jwe import concat_kdf
 
 Kind: TypeAlias = Literal["P-256", "P-521", "RSA"]
 EC_ALGORITHM: Final = "ECDH-ES+A256KW"
 RSA_ALGORITHM: Final = "RSA-OAEP-256"
 ANSWER_BYTES: Final = 3 << 20  # a resource of 2 MiB in base64, and the rest
-_CURVES: Final[dict[str, ec.EllipticCurve]] = {"P-256": ec.SECP256R1(), "P-521": ec.SECP521R1()}
 _WHAT = "resource answer"
 
 
@@ -40,10 +39,10 @@ class TeeKey:
         if kind == "RSA":
             private = rsa.generate_private_key(65537, 2048)
             numbers = private.public_key().public_numbers()
-            jwk = {"kty": "RSA", "alg": RSA_ALGORITHM, "n": _uint(numbers.n, 256), "e": _uint(numbers.e, 3)}
+            jwk = {"kty": "RSA", "alg": RSA_ALGORITHM, "n": eckey.uint(numbers.n, 256), "e": eckey.uint(numbers.e, 3)}
             return cls(jwk, private)
-        key = ec.generate_private_key(_CURVES[kind])
-        return cls({"kty": "EC", "crv": kind, "alg": EC_ALGORITHM} | coordinates(key.public_key()), key)
+        key = ec.generate_private_key(eckey.CURVES[kind])
+        return cls({"kty": "EC", "crv": kind, "alg": EC_ALGORITHM} | eckey.coordinates(key.public_key()), key)
 
     def open(self, raw: bytes) -> SecretBytes:
         """The resource in an answer. Raises MalformedImage naming the failed check, LimitExceeded."""
@@ -86,41 +85,7 @@ class TeeKey:
         return cek
 
     def _peer(self, epk: Any) -> ec.EllipticCurvePublicKey:
-        key = public_key(epk, f"{_WHAT}: epk")
+        key = eckey.public_key(epk, f"{_WHAT}: epk")
         if epk["crv"] != self.jwk["crv"]:
             raise MalformedImage(f"{_WHAT}: epk is not on {self.jwk['crv']}")
         return key
-
-
-def public_key(
-    jwk: Any, what: str, *, optional: tuple[str, ...] = (), padded: bool = True
-) -> ec.EllipticCurvePublicKey:
-    """An EC public key from kty, crv, x, y (and `optional` members, ignored). Raises MalformedImage.
-
-    A point that is not on its curve is refused, and a coordinate that is not as long as the curve's; not `padded`: one
-    that is longer.
-    """
-    if not isinstance(jwk, dict):
-        raise MalformedImage(f"{what}: not an object")
-    encoding.members(jwk, what, required=("kty", "crv", "x", "y"), optional=optional)
-    curve = _CURVES.get(encoding.string(jwk, "crv", what))
-    if jwk["kty"] != "EC" or curve is None:
-        raise MalformedImage(f"{what}: not an EC key on one of {', '.join(_CURVES)}")
-    width = (curve.key_size + 7) // 8
-    x, y = (encoding.b64url_decode(encoding.string(jwk, name, what), f"{what}: {name}") for name in ("x", "y"))
-    if any(len(part) > width or (padded and len(part) < width) for part in (x, y)):
-        raise MalformedImage(f"{what}: a coordinate is not {width} bytes")
-    try:
-        return ec.EllipticCurvePublicNumbers(int.from_bytes(x, "big"), int.from_bytes(y, "big"), curve).public_key()
-    except ValueError:
-        raise MalformedImage(f"{what}: not a point of its curve") from None
-
-
-def coordinates(key: ec.EllipticCurvePublicKey) -> dict[str, str]:
-    """Members x and y of its JWK."""
-    numbers, width = key.public_numbers(), (key.curve.key_size + 7) // 8
-    return {"x": _uint(numbers.x, width), "y": _uint(numbers.y, width)}
-
-
-def _uint(value: int, width: int) -> str:
-    return b64url_encode(value.to_bytes(width, "big"))

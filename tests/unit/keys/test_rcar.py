@@ -14,7 +14,7 @@ from jwcrypto.jws import JWS
 from snapshotter.errors import KeyDenied, LimitExceeded, MalformedImage, SnapshotterError
 from snapshotter.kbs_dev import jwe as server_jwe
 from snapshotter.kbs_dev.appraisal import TokenSigner
-from snapshotter.keys import rcar, teekey
+from snapshotter.keys import eckey, rcar, teekey
 from snapshotter.keys.rcar import Challenge, Token
 from snapshotter.keys.teekey import TeeKey
 
@@ -242,7 +242,7 @@ def test_tokens_with_another_algorithm_or_unknown_headers(
 
 def test_a_token_signed_on_another_curve(keys: dict[str, TeeKey]) -> None:
     key = ec.generate_private_key(ec.SECP521R1())
-    jwk = {"kty": "EC", "crv": "P-521"} | teekey.coordinates(key.public_key())
+    jwk = {"kty": "EC", "crv": "P-521"} | eckey.coordinates(key.public_key())
     text = f"{b64u({'alg': 'ES256', 'jwk': jwk})}.{b64u({'exp': NOW + 1})}.{b64u(bytes(64))}"
     with pytest.raises(MalformedImage, match="P-256"):
         Token.parse(answer(text), keys["P-256"].jwk, None, NOW)
@@ -352,7 +352,7 @@ def test_ephemeral_keys_off_the_curve_or_on_another(keys: dict[str, TeeKey]) -> 
         good | {"crv": "secp256k1"},
         good | {"kty": "OKP"},
         good | {"d": good["x"]},
-        {"kty": "EC", "crv": "P-521"} | teekey.coordinates(other),
+        {"kty": "EC", "crv": "P-521"} | eckey.coordinates(other),
     ]
     for epk in wrong:
         with pytest.raises(MalformedImage, match="epk"):

@@ -1,11 +1,10 @@
-"""Programs that know credentials: started without a shell, bounded in time and output, and never quoted."""
+"""Programs that know credentials: a few at a time, and never quoted."""
 
 import asyncio
-import contextlib
 import os
-import signal
 from collections.abc import Mapping, Sequence
 
+from snapshotter import programs
 from snapshotter.errors import Unavailable
 
 _SECONDS = 30.0
@@ -30,33 +29,14 @@ class Executables:
         what = f"credential program {command[0]}"
         async with self._parallel:
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.DEVNULL, cwd="/", start_new_session=True,
-                    env={**os.environ, **(environment or {})},
+                return await programs.ask(
+                    command, question, limit=self._limit, seconds=self._seconds, directory="/",
+                    environment={**os.environ, **(environment or {})},
                 )  # fmt: skip
-            except OSError as error:
-                raise Unavailable(f"{what}: {error.strerror}") from None
-            try:
-                async with asyncio.timeout(self._seconds):
-                    return await self._converse(process, question, what)
             except TimeoutError:
                 raise Unavailable(f"{what}: no answer in {self._seconds:g} s") from None
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # also what it has started
-                    os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
-
-    async def _converse(self, process: asyncio.subprocess.Process, question: bytes, what: str) -> tuple[int, bytes]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(OSError):  # it need not read
-            process.stdin.write(question)
-            await process.stdin.drain()
-        process.stdin.close()
-        answer = bytearray()
-        while piece := await process.stdout.read(64 << 10):
-            answer += piece
-            if len(answer) > self._limit:
-                raise Unavailable(f"{what}: answers more than limits.credential_bytes = {self._limit}")
-        return await process.wait(), bytes(answer)
+            except OSError as error:
+                raise Unavailable(f"{what}: {error.strerror}") from None
+            except programs.TooLong:
+                text = f"{what}: answers more than limits.credential_bytes = {self._limit}"
+                raise Unavailable(text) from None

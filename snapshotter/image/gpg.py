@@ -3,20 +3,20 @@
 import asyncio
 import base64
 import binascii
-import contextlib
 import resource
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from snapshotter import oom
+from snapshotter import programs
 from snapshotter.errors import ConfigError, Unavailable
 from snapshotter.files import read_regular
 from snapshotter.image.signature import CLAIM_BYTES
 
 _SECONDS = 20.0
-_CPU_SECONDS = 2  # a verification takes milliseconds
+_CPU_SECONDS = 2  # a verification takes milliseconds, but a small message may be a large one, packed
+_STATUS_BYTES = 64 << 10
 _ARMOR = b"-----BEGIN PGP PUBLIC KEY BLOCK-----"
 
 
@@ -33,28 +33,20 @@ async def signed_message(message: bytes, keyring: Sequence[bytes]) -> bytes | No
         ring, source, target = (Path(directory) / name for name in ("ring.gpg", "signature", "message"))
         ring.write_bytes(b"".join(map(_binary, keyring)))
         source.write_bytes(message)
-        process = await asyncio.create_subprocess_exec(
-            program, "--homedir", directory, "--keyring", str(ring), "--status-fd", "1", "--output", str(target),
-            str(source), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL, env={"LC_ALL": "C"},
-        )  # fmt: skip
-        oom.expose(process.pid)
-        with contextlib.suppress(ProcessLookupError):  # a small message may be a large one, packed
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (CLAIM_BYTES, CLAIM_BYTES))
-            resource.prlimit(process.pid, resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+        command = [program, "--homedir", directory, "--keyring", str(ring), "--status-fd", "1", "--output", str(target)]
         try:
-            async with asyncio.timeout(_SECONDS):
-                status, _ = await process.communicate()
-        except TimeoutError:
+            code, status = await programs.ask(
+                [*command, str(source)], b"", limit=_STATUS_BYTES, seconds=_SECONDS, environment={"LC_ALL": "C"},
+                rlimits={resource.RLIMIT_FSIZE: CLAIM_BYTES, resource.RLIMIT_CPU: _CPU_SECONDS},
+            )  # fmt: skip
+        except (TimeoutError, OSError):
             raise Unavailable("gpgv does not answer") from None
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        except programs.TooLong:
+            return None
         lines = status.decode(errors="replace").splitlines()
         words = [line.split()[1] for line in lines if line.startswith("[GNUPG:] ")]
         # One signature, and a good one: not expired, not revoked, not one of two that only gpgv tells apart.
-        if process.returncode or words.count("NEWSIG") != 1 or words.count("GOODSIG") != 1 or "VALIDSIG" not in words:
+        if code or words.count("NEWSIG") != 1 or words.count("GOODSIG") != 1 or "VALIDSIG" not in words:
             return None
         return await asyncio.to_thread(read_regular, target, CLAIM_BYTES)
 

@@ -6,9 +6,6 @@ array of integers (Rust).
 """
 
 import asyncio
-import contextlib
-import os
-import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +17,7 @@ import grpc.aio
 import structlog
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from snapshotter import labels, oom
+from snapshotter import labels, programs
 from snapshotter.config import Limits
 from snapshotter.crypto import encoding
 from snapshotter.crypto.layer import LayerPrivate
@@ -39,7 +36,6 @@ UNWRAP_METHOD: Final = "/keyprovider.KeyProviderService/UnWrapKey"
 _CONFIG_BYTES = 1 << 20
 _REPLY_BYTES = 256 << 10  # an array of integers takes four characters a byte
 _TIMEOUT_SECONDS = 50.0  # what the clients of this protocol use
-_END_SECONDS = 5.0
 
 
 class Endpoint(Protocol):
@@ -59,29 +55,16 @@ class Command:
 
     async def call(self, request: bytes, _method: str = UNWRAP_METHOD) -> bytes:
         """See Endpoint. The request itself says what is wanted."""
-        pipe = asyncio.subprocess.PIPE
         try:
-            process = await asyncio.create_subprocess_exec(
-                self.path,
-                *self.arguments,
-                stdin=pipe,
-                stdout=pipe,
-                stderr=asyncio.subprocess.DEVNULL,
-                start_new_session=True,  # so that what it starts ends with it
+            status, reply = await programs.ask(
+                [self.path, *self.arguments], request, limit=_REPLY_BYTES, seconds=_TIMEOUT_SECONDS
             )
-        except OSError as error:
-            raise Unavailable(f"{self.path}: {error.strerror}") from error
-        oom.expose(process.pid)
-        try:
-            async with asyncio.timeout(_TIMEOUT_SECONDS):
-                reply = await _exchange(process, request)
-                status = await process.wait() if len(reply) <= _REPLY_BYTES else -1
         except TimeoutError:
             raise Unavailable(f"{self.path}: no answer within {_TIMEOUT_SECONDS:.0f} s") from None
-        finally:
-            await _end(process)
-        if len(reply) > _REPLY_BYTES:
-            raise KeyDenied(f"{self.path}: answers more than {_REPLY_BYTES} bytes")
+        except OSError as error:
+            raise Unavailable(f"{self.path}: {error.strerror}") from error
+        except programs.TooLong:
+            raise KeyDenied(f"{self.path}: answers more than {_REPLY_BYTES} bytes") from None
         if status != 0:  # what it wrote is not repeated: it may quote the key
             raise KeyDenied(f"{self.path}: exit status {status}")
         return reply
@@ -218,37 +201,6 @@ class ProviderKeys:
             packet.check_authenticated(raw)
         with _options(await endpoint.call(_request(raw)), name) as options:
             return LayerPrivate.parse(options, wrapping.recipient(f"provider.{name}", raw) or f"provider:{name}")
-
-
-async def _exchange(process: asyncio.subprocess.Process, request: bytes) -> bytes:
-    """Write the request and read up to one byte more than a reply may have."""
-    assert process.stdin
-    assert process.stdout
-    process.stdin.write(request)
-    try:
-        await process.stdin.drain()
-        process.stdin.close()
-        await process.stdin.wait_closed()
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # it answered, or failed, without reading everything; its exit status says which
-    reply = b""
-    while len(reply) <= _REPLY_BYTES and (piece := await process.stdout.read(_REPLY_BYTES + 1 - len(reply))):
-        reply += piece
-    return reply
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Leave no process and no pipe behind, whatever state they are in."""
-    assert process.stdout
-    if process.returncode is not None and process.stdout.at_eof():
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # also what it has left behind, which may hold the pipe
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_END_SECONDS):
-            while await process.stdout.read(_REPLY_BYTES):
-                pass  # the pipe closes at its end
-            await process.wait()
 
 
 def _request(raw: bytes) -> bytes:

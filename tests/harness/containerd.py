@@ -118,9 +118,10 @@ class Containerd:
 
     @contextmanager
     def logged(self, name: str) -> Iterator[tuple[Sequence[str], Callable[[], str]]]:
-        """Options of ctr that have all that a process writes put into a file, and what reads it.
+        """Options of ctr that have what a process writes put into a file, and what reads it.
 
-        The pipes of ctr lose all of it when the process has ended before ctr has come to open them.
+        The pipes of ctr lose all of it when the process has ended before ctr has come to open them. Of standard error
+        the end may be missing: the shim closes the file as soon as standard output has ended.
         """
         log = self.home / f"{name}.log"
         try:

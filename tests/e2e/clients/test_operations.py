@@ -78,7 +78,7 @@ def members(puller: Puller, key: str, tmp_path: Path) -> set[str]:
 def test_a_read_only_container(puller: Puller, images: Images, kind: str) -> None:
     reference = puller.pull(getattr(images, kind)())
     assert puller.shell(reference, READ_ALL, "--read-only") == expected()
-    refused = puller.containerd.run(reference, "/bin/touch", "/data/new", options=["--read-only"])
+    refused = puller.containerd.run(reference, "/bin/sh", "-c", "touch /data/new 2>&1", options=["--read-only"])
     assert refused.returncode != 0
     assert "Read-only file system" in refused.stdout
 

@@ -7,7 +7,7 @@ path. Sizes are written as integers of bytes or with a unit ("10GiB"); inside th
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -46,6 +46,11 @@ class Reserve(str):
         return total * int(share[1]) // 100 if share else Size.parse(self)
 
 
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Times = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]  # 0: never
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1 << 30)]
+
+
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of all sections: immutable, refuses unknown keys."""
 
@@ -63,9 +68,9 @@ class Kbs(Section, frozen=True):
     tee_key: Literal["P-256", "P-521", "RSA"] = "P-256"
     init_data: str = ""  # path of the initdata TOML; "" = none is sent
     token_signer: str = ""  # path of a PEM certificate or public key (P-256); "" = not checked against one
-    timeout_seconds: float = 60.0  # of one key, with all retries
-    retries: int = 5
-    cache_seconds: float = 300.0  # a released key is kept in memory; 0 = not
+    timeout_seconds: Seconds = 60.0  # of one key, with all retries
+    retries: Times = 5
+    cache_seconds: Annotated[float, msgspec.Meta(ge=0, le=1 << 30)] = 300.0  # a released key is kept in memory; 0 = not
 
 
 class Cdh(Section, frozen=True):
@@ -136,11 +141,11 @@ class Registry(Section, frozen=True):
     docker_config: str = ""  # path of a docker config.json; "" = none
     plain_http: tuple[str, ...] = ()  # host:port besides loopback
     ca_file: str = ""  # PEM bundle in addition to the system's
-    connections: int = 8  # per host
-    connect_timeout_seconds: float = 10.0
-    progress_timeout_seconds: float = 30.0  # no byte for this long: abort the read and resume
-    total_timeout_seconds: float = 120.0  # then EIO
-    retries: int = 5
+    connections: Count = 8  # per host
+    connect_timeout_seconds: Seconds = 10.0
+    progress_timeout_seconds: Seconds = 30.0  # no byte for this long: abort the read and resume
+    total_timeout_seconds: Seconds = 120.0  # then EIO
+    retries: Times = 5
     credential_providers: CredentialProviders = CredentialProviders()
     kube_secrets: KubeSecrets = KubeSecrets()
     image_service: ImageService = ImageService()
@@ -157,7 +162,7 @@ class Fetch(Section, frozen=True):
     """How much is asked from the registry at once."""
 
     window: Size = Size(1 * MiB)  # a miss also fetches absent neighbours up to this many stored bytes
-    parallel: int = 8  # ranges in flight per image
+    parallel: Count = 8  # ranges in flight per image
     decoded: Size = Size(8 * MiB)  # decoded chunks kept so that neighbouring small reads decode once
 
 
@@ -238,9 +243,9 @@ def _decode(kind: type, value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return Size(value)
         raise ValueError(f"not a size: {value!r}")
-    if kind is Reserve and isinstance(value, str):
-        return Reserve.parse(value)
-    raise NotImplementedError(kind)  # pragma: no cover - msgspec asks only for Size
+    if kind is Reserve:
+        return Reserve.parse(value) if isinstance(value, str) else Reserve(int(_decode(Size, value)))
+    raise NotImplementedError(kind)  # pragma: no cover - msgspec asks only for these two
 
 
 def listen_address(text: str) -> tuple[str, int] | str:

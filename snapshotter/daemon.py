@@ -29,7 +29,7 @@ from snapshotter.monitor import journal
 from snapshotter.monitor.trail import Trail
 from snapshotter.mounts.drivers import ErofsMounter
 from snapshotter.mounts.mountinfo import read_mounts
-from snapshotter.ondemand.client import BlobdClient
+from snapshotter.ondemand.client import BlobdClient, Peer
 from snapshotter.ondemand.dataplane import DataPlane
 from snapshotter.service.server import Server
 from snapshotter.snapshots.operations import Operations
@@ -80,7 +80,7 @@ class Daemon:
         self._listener = socket.socket(fileno=held["listen-grpc"])
         self._mounter = ErofsMounter(held["fuse-root"], settings.erofs)
         self._blobd = BlobdClient(root / "blobd.sock")
-        self._data_plane = DataPlane(root / "keeper.sock", self._blobd)
+        self._data_plane = DataPlane(Peer("keeper", root / "keeper.sock"), self._blobd)
         self._trail = Trail()
         self._later = LaterImages(only_verified=settings.mode == "confidential")
         self._store = store = open_store(root)

@@ -47,7 +47,11 @@ class _Probe:
             self._missed = 0
 
     def _ask(self, path: str) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:  # out of descriptors: we could not hear it anyway
+            self._missed -= 1
+            return
         sock.setblocking(False)
         try:
             sock.connect(path)

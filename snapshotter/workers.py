@@ -42,16 +42,21 @@ class Worker:
     def start(self) -> bool:
         # A session of its own: Ctrl-C and hang-up reach the keeper alone, and workers outlive its terminal.
         default = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+        pid = 0
         try:
             pid = os.posix_spawn(
                 self.command[0], self.command, os.environ, setsid=True, setsigmask=(), setsigdef=default
             )
-        except OSError as error:  # out of memory or of processes: try again later
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:  # out of memory, processes or descriptors: try again later
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
             log("error", "worker cannot be started", worker=self.name, error=str(error))
             self.due = time.monotonic() + LAST_DELAY
             return False
         failpoints.hit("keeper.started-worker")
-        self.take_over(pid, os.pidfd_open(pid))
+        self.take_over(pid, pidfd)
         self.starts += 1
         log("info", "worker started", worker=self.name, pid=pid)
         return True
@@ -142,17 +147,22 @@ class Trial:
 
     def start(self, loop: Loop, tell: Callable[[str | None], object]) -> None:
         """`tell` is called when the command has ended: with None for status 0, else with its last words."""
-        self._said = os.memfd_create("trial", os.MFD_CLOEXEC)
-        output = [(os.POSIX_SPAWN_DUP2, self._said, number) for number in (1, 2)]
-        try:
-            self._pid = os.posix_spawn(
-                self._command[0], self._command, os.environ, file_actions=output, setsid=True, setsigmask=()
-            )
-        except OSError as error:
-            os.close(self._said)
-            tell(str(error))
-            return
-        self._pidfd, self._deadline = os.pidfd_open(self._pid), time.monotonic() + TRIAL_SECONDS
+        with contextlib.ExitStack() as undone:
+            try:
+                self._said = os.memfd_create("trial", os.MFD_CLOEXEC)
+                undone.callback(os.close, self._said)
+                output = [(os.POSIX_SPAWN_DUP2, self._said, number) for number in (1, 2)]
+                pid = os.posix_spawn(
+                    self._command[0], self._command, os.environ, file_actions=output, setsid=True, setsigmask=()
+                )
+                undone.callback(os.waitpid, pid, 0)
+                undone.callback(os.kill, pid, signal.SIGKILL)
+                self._pidfd = os.pidfd_open(pid)
+            except OSError as error:
+                tell(str(error))
+                return
+            undone.pop_all()
+        self._pid, self._deadline = pid, time.monotonic() + TRIAL_SECONDS
 
         def ended() -> None:
             loop.forget(self._pidfd)

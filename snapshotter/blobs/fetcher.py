@@ -142,7 +142,8 @@ class Fetcher:
         """
         flight = self._flights.get((table.node, index))
         if flight is not None:
-            flight.landed.pop(index, None)  # or it would be cached now
+            if index in flight.asked:  # and has been answered; whoever asks for the first time still gets it
+                flight.landed.pop(index, None)  # or it would be cached now
             if flight.keeping:
                 await flight.ended.wait()
         hosts = self._source.hosts(self._reference, table.digest)

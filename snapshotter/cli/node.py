@@ -79,6 +79,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     from snapshotter.image.policy import ImagePolicy
     from snapshotter.keys import configured
     from snapshotter.mounts import placement
+    from snapshotter.registry.tls import TlsContexts
     from snapshotter.snapshots import recovery
 
     path, config = load_config(arguments)
@@ -88,6 +89,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     ImagePolicy.of(config.mode, config.policy)
     configured.provider(config.keys)
     credentials.check(config.registry)
+    TlsContexts(config.registry.ca_file)
     recovery.refuse_newer_database(Path(config.root))
     if arguments.check:
         for module in _PARTS:

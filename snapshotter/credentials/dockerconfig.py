@@ -141,6 +141,7 @@ def read_entry(entry: object) -> Login | None:
     username, password = found.username, found.password
     if found.auth:
         username, _, password = base64.b64decode(found.auth, validate=True).decode().partition(":")
+    username.encode()  # a lone surrogate of JSON is no text that could be sent
     return Login(username, SecretBytes(password.encode())) if username and password else None
 
 

@@ -6,6 +6,7 @@ API does not answer, the last list counts.
 
 import asyncio
 import base64
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -56,16 +57,18 @@ class KubernetesSecrets:
         self._max_bytes = max_bytes
         self._now = now
         self._known: list[tuple[str, Login]] | None = None
-        self._listed = 0.0  # when the API was asked last
+        self._listed = -math.inf  # when the API was asked last
+        self._reason = ""  # why it had no answer
         self._lock = asyncio.Lock()
 
     async def find(self, host: str, repository: str, *, fresh: bool) -> Sequence[Login]:
         """See Logins: those of the longest matching keys first, as the kubelet sorts them."""
         async with self._lock:
             age = self._now() - self._listed
-            if self._known is None or age > (_REFUSED_SECONDS if fresh else _LIST_SECONDS):
+            if age > (_REFUSED_SECONDS if fresh or self._known is None else _LIST_SECONDS):
                 await self._refresh()
-        assert self._known is not None
+            if self._known is None:
+                raise Unavailable(f"Kubernetes secrets cannot be listed: {self._reason}")
         return [login for key, login in self._known if key_matches(key, host, repository)]
 
     async def _refresh(self) -> None:
@@ -75,9 +78,9 @@ class KubernetesSecrets:
         except (SnapshotterError, aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError) as error:
             # Texts of the HTTP client may hold parts of requests.
             reason = str(error) if isinstance(error, SnapshotterError) else type(error).__name__
-            if self._known is None:
-                raise Unavailable(f"Kubernetes secrets cannot be listed: {reason}") from None
-            log.warning("Kubernetes secrets cannot be listed, the last list counts", error=reason)
+            self._reason = reason
+            if self._known is not None:
+                log.warning("Kubernetes secrets cannot be listed, the last list counts", error=reason)
         else:
             self._known = sorted(found, key=lambda entry: entry[0], reverse=True)
         self._listed = self._now()

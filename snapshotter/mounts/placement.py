@@ -32,6 +32,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{path} is too long for a socket ({_SOCKET_PATH} bytes)", reason="path")
     # Who can rename the socket away gets containerd, which is root, to mount what he likes.
     _check_owner("directory of address", Path(os.path.realpath(config.address)).parent)
+    if listen := config.registry.image_service.listen:  # or the kubelet's logins
+        _check_owner("directory of registry.image_service.listen", Path(os.path.realpath(listen)).parent)
     _check_descriptors()
     if config.mode == "confidential":
         _check_apart(root, Path(os.path.realpath(config.cache_dir)), Path(os.path.realpath(config.address)))

@@ -156,7 +156,11 @@ class Blobd:
             attachment.close()
             raise InvalidArgument(f"attach: this is image {attachment.image_id}, not {image_id}")
         failpoints.hit("blobd.attaches")
-        self._devices.attach(attachment)
+        try:
+            self._devices.attach(attachment)
+        except SnapshotterError:
+            attachment.close()
+            raise
         self._devices.warm_up(image_id)
         failpoints.hit("blobd.attached")
         log.info("image attached", image=image_id, bootstrap=attachment.bootstrap_digest)
@@ -350,7 +354,7 @@ def main(arguments: list[str]) -> int:
         failpoints.hit("blobd.started")
         loop = asyncio.new_event_loop()
         status = loop.run_until_complete(serve(settings, held))
-    except (SnapshotterError, OSError) as error:
+    except (SnapshotterError, OSError, EOFError) as error:
         print(f"blobd: error: {error}", file=sys.stderr)  # noqa: T201 - logging may not be set up
         status = 1
     # Not through the interpreter's end, which would cancel parked reads and wait for threads: successors answer them.

@@ -1,4 +1,4 @@
-"""Talking to blobd from snapshotd: attach, detach, status. Waits out a restart of blobd, for a bounded time."""
+"""Talking to keeper and blobd from snapshotd. Waits out a restart of theirs, for a bounded time."""
 
 import asyncio
 from pathlib import Path
@@ -16,13 +16,40 @@ _ERRORS: dict[str, type[SnapshotterError]] = {
 }
 
 
-class BlobdClient:
-    """blobd behind the socket at `path`. Every call ends within `patience` seconds plus one answer's time."""
+class Peer:
+    """A process of this node behind its control socket. Every call ends within `patience` seconds plus one answer's."""
 
-    def __init__(self, path: Path, patience: float = 20.0, timeout: float = 10.0) -> None:
+    def __init__(self, name: str, path: Path, patience: float = 20.0, timeout: float = 10.0) -> None:
+        self._name = name
         self._path = path
         self._patience = patience
         self._timeout = timeout
+
+    async def call(self, message: control.Message, *fds: int) -> dict[str, Any]:
+        """All requests are idempotent, so one whose answer was lost is simply sent again."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        if request := bound_request():
+            message = message | {"request": request}
+        while True:
+            try:
+                answer, received = await asyncio.to_thread(control.request, self._path, message, fds, self._timeout)
+                control.close_all(received)
+                return answer
+            except control.ControlError as error:
+                raise _ERRORS.get(error.reason, Unavailable)(f"{self._name}: {error}", reason=error.reason) from None
+            except (OSError, EOFError) as error:
+                if loop.time() >= deadline:
+                    raise Unavailable(f"{self._name} does not answer: {error}") from error
+                await asyncio.sleep(_PAUSE_SECONDS)
+
+
+class BlobdClient:
+    """What blobd does for snapshotd."""
+
+    def __init__(self, path: Path, patience: float = 20.0, timeout: float = 10.0) -> None:
+        """See Peer."""
+        self._call = Peer("blobd", path, patience, timeout).call
 
     async def attach(self, attach_id: int, memfd: int) -> None:
         """Serve the image in `memfd`, which stays the caller's. Idempotent. Raises Unavailable, IntegrityError."""
@@ -46,21 +73,3 @@ class BlobdClient:
             if image["id"] == attach_id:
                 return int(image["devices"])
         return None
-
-    async def _call(self, message: control.Message, *fds: int) -> dict[str, Any]:
-        """All requests are idempotent, so one whose answer was lost is simply sent again."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._patience
-        if request := bound_request():
-            message = message | {"request": request}
-        while True:
-            try:
-                answer, received = await asyncio.to_thread(control.request, self._path, message, fds, self._timeout)
-                control.close_all(received)
-                return answer
-            except control.ControlError as error:
-                raise _ERRORS.get(error.reason, Unavailable)(f"blobd: {error}", reason=error.reason) from None
-            except (OSError, EOFError) as error:
-                if loop.time() >= deadline:
-                    raise Unavailable(f"blobd does not answer: {error}") from error
-                await asyncio.sleep(_PAUSE_SECONDS)

@@ -38,7 +38,7 @@ class SessionMemory:
 
     def __init__(self, fd: int) -> None:
         """Map the memfd; a new one is laid out first. Raises MalformedImage if it is something else."""
-        if os.fstat(fd).st_size == 0:
+        if not any(os.pread(fd, len(_MAGIC), 0)):  # new, or whoever laid it out was killed before the end
             # Written, not truncated: each page must exist before the kernel copies a request into it.
             os.pwrite(fd, bytes(SIZE - _HEADER_BYTES), _HEADER_BYTES)
             os.pwrite(fd, _HEADER.pack(_MAGIC, _VERSION, 0, 0), 0)

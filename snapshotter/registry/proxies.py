@@ -49,7 +49,9 @@ def _goes_direct(url: URL, no_proxy: str) -> bool:
             if int(after) != port:
                 continue
             name = before
-        name = name.strip("[]")
+        name = name.strip("[]").removeprefix("*")
+        if address is not None and address == _address(name):
+            return True
         if name and (host == name or (address is None and host.endswith(name if name[0] == "." else f".{name}"))):
             return True
     return False

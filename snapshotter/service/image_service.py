@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
+from urllib.parse import quote
 
 import grpc
 import structlog
@@ -67,15 +68,16 @@ class ImageService:
         self._sharing = sharing
         self._turn = asyncio.Lock()  # the last set that is shared is the newest
         self._server = grpc.aio.server(handlers=(_Everything(self._relay),), options=_OPTIONS)
-        self._channel = grpc.aio.insecure_channel(f"unix:{settings.backend}", options=_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(f"unix:{quote(settings.backend)}", options=_OPTIONS)
 
     async def start(self) -> None:
         """Raises ConfigError if the socket cannot be bound."""
-        before = os.umask(0o177)
+        before = os.umask(0o022)
         try:
-            self._listen.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+            self._listen.parent.mkdir(parents=True, exist_ok=True)
+            os.umask(0o177)
             control.remove_stale(str(self._listen), socket.SOCK_STREAM)  # of the process before this one
-            self._server.add_insecure_port(f"unix:{self._listen}")
+            self._server.add_insecure_port(f"unix:{quote(str(self._listen))}")
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", "") or "cannot be bound"
             raise ConfigError(f"config: registry.image_service.listen {self._listen}: {reason}") from None
@@ -91,7 +93,7 @@ class ImageService:
     async def _relay(
         self, method: str, requests: AsyncIterator[bytes], context: "grpc.aio.ServicerContext[bytes, bytes]"
     ) -> AsyncIterator[bytes]:
-        sent: list[_Sent] = []
+        sent: list[tuple[_Sent, bool]] = []
         start: Any = self._channel.stream_stream(method)
         call: grpc.aio.StreamStreamCall[bytes, bytes] = start(
             self._noted(requests, sent) if method.endswith(_PULL) else requests,
@@ -109,11 +111,13 @@ class ImageService:
             context.set_trailing_metadata(_metadata(error.trailing_metadata()))
         finally:
             call.cancel()
-        if code is not grpc.StatusCode.OK:
+        if code is grpc.StatusCode.OK:
+            await self._keep(sent)
+        else:
             await self._forget(sent)
             await context.abort(code, details)
 
-    async def _noted(self, requests: AsyncIterator[bytes], sent: list[_Sent]) -> AsyncIterator[bytes]:
+    async def _noted(self, requests: AsyncIterator[bytes], sent: list[tuple[_Sent, bool]]) -> AsyncIterator[bytes]:
         """The requests, after their logins have been remembered; new ones are put into `sent`."""
         async for request in requests:
             try:
@@ -123,16 +127,24 @@ class ImageService:
                 found = None
             if found is not None:
                 reference, login = found
-                if self._remembered.add(reference.host, reference.repository, login):
-                    sent.append(found)
+                is_new = self._remembered.add(reference.host, reference.repository, login)
+                sent.append((found, is_new))
+                if is_new:
                     log.info("login of a pull is remembered", registry=reference.host, repository=reference.repository)
                 await self._share()
             yield request
 
-    async def _forget(self, sent: Sequence[_Sent]) -> None:
-        for reference, login in sent:
+    async def _keep(self, sent: Sequence[tuple[_Sent, bool]]) -> None:
+        """After a pull that worked: another one with the same login, that failed, may have made us forget it."""
+        again = [self._remembered.add(reference.host, reference.repository, login) for (reference, login), _ in sent]
+        if any(again):
+            await self._share()
+
+    async def _forget(self, sent: Sequence[tuple[_Sent, bool]]) -> None:
+        fresh = [found for found, is_new in sent if is_new]
+        for reference, login in fresh:
             self._remembered.discard(reference.host, reference.repository, login)
-        if sent:
+        if fresh:
             await self._share()
 
     async def _share(self) -> None:

@@ -8,7 +8,6 @@ namespace (which would see empty directories where we mount images), to that of 
 import asyncio
 import os
 import socket
-import struct
 from pathlib import Path
 
 import structlog
@@ -66,7 +65,7 @@ class Relay:
             return
         shared = in_our_mount_namespace(client)
         if not shared:
-            log.error("client is in another mount namespace and is refused", pid=peer_pid(client))
+            log.error("client is in another mount namespace and is refused", pid=control.peer_pid(client))
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(_CONNECT_SECONDS):
             _, server = await loop.create_unix_connection(_End, self._service if shared else self._refusal)
@@ -87,6 +86,7 @@ class _End(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._early: list[bytes] = []
+        self._ended = False  # it sends no more
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -119,8 +119,9 @@ class _End(asyncio.Protocol):
     def eof_received(self) -> bool:
         if not hasattr(self, "_other"):
             return False
+        self._ended = True
         self._other.transport.write_eof()
-        return True  # the other direction stays open
+        return not self._other._ended  # the other direction stays open until it ends, too
 
     def connection_lost(self, _error: Exception | None) -> None:
         if hasattr(self, "_other"):
@@ -128,15 +129,9 @@ class _End(asyncio.Protocol):
             self._other.transport.close()
 
 
-def peer_pid(client: socket.socket) -> int:
-    """The process that connected; 0 if it is in a process namespace that we do not see into."""
-    pid: int = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-    return pid
-
-
 def in_our_mount_namespace(client: socket.socket) -> bool:
     """False also for a process that is gone or not visible here: nobody can say where its mounts are."""
-    pid = peer_pid(client)
+    pid = control.peer_pid(client)
     try:
         return pid > 0 and os.path.samefile(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt")
     except OSError:

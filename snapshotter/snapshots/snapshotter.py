@@ -215,7 +215,8 @@ class Snapshotter:
         active = self._store.committable(plugin, name, key)
         if self._images.only_verified:
             raise PolicyDenied(
-                f"snapshot {key[:200]!r}: what was unpacked here was never verified and is not committed"
+                f"snapshot {key[:200]!r}: what was unpacked here was never verified and is not committed",
+                hint="build the image elsewhere, convert it and pull it",
             )
         usage = await self._measurements.anew(active.id)
         failpoints.hit("commit.measured")
@@ -266,7 +267,7 @@ class Snapshotter:
         A layer that was not unpacked takes up what is kept to remember it and, of an image, its metadata in the cache.
         """
         if self._lost(plugin, name):
-            return Usage(0, 0)
+            return Usage(4096, 1)  # what remembering it will take: clients keep the answer, and 0 means unknown to some
         row = self._store.get(plugin, name)
         if row.ref is not None:
             size, inodes = await asyncio.to_thread(directories.own, self._directories.path(row.id), sidecar.NAME)
@@ -393,7 +394,8 @@ class Snapshotter:
                 break
             if layer.is_data:
                 raise FailedPrecondition(
-                    f"layer {layer.ref} is read on demand as a part of its image, not by itself", hint=SEND_LABELS
+                    f"layer {layer.ref} is read on demand as a part of its image, not by itself",
+                    hint=f"use the image's topmost snapshot; if this is one, {SEND_LABELS}",
                 )
             paths.append(self._files(layer.id))
         if chain:

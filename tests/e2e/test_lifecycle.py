@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,16 @@ def test_reload_replaces_the_workers_and_keeps_the_keeper(node: NodeMaker, image
         assert container.exec("/bin/sh", "-c", READ_ALL).stdout == expected()
     finally:
         container.kill()
+
+
+def test_a_container_starts_while_the_keeper_is_away(node: NodeMaker, images: Images) -> None:
+    guest = node()
+    reference = guest.pull(images.sealed())
+    guest.daemon.kill("keeper")
+    with ThreadPoolExecutor(1) as pool:  # its image has to be given to the keeper first
+        started = pool.submit(guest.shell, reference, READ_ALL)
+        guest.daemon.start()
+        assert started.result(60) == expected()
 
 
 @pytest.mark.parametrize("victims", [["keeper"], ["snapshotd"], ["blobd"], ["snapshotd", "blobd"]], ids="+".join)

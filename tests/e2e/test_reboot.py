@@ -35,6 +35,9 @@ def test_images_are_served_again(node: NodeMaker, images: Images, mode: str, cac
     mark = images.registry.mark()
     reboot(guest, cache_survives=cache_survives)
     assert guest.daemon.status()["images"] == []
+    rows = guest.containerd.ctr("snapshots", *named, "usage", "-b").splitlines()[1:]
+    assert len(rows) == len(image.layers)
+    assert all(int(row.split()[-2]) > 0 for row in rows), "CRI asks once and keeps the answer"
 
     assert guest.shell(reference, READ_ALL) == expected(), "at once"
     assert guest.pull(image) == reference, "and after an ordinary pull"

@@ -11,7 +11,7 @@ import pytest
 
 from snapshotter.blobs.cache import ChunkCache
 from snapshotter.blobs.chunks import Counters
-from snapshotter.config import MiB, Reserve
+from snapshotter.config import MiB, Reserve, load
 from tests.harness.machine import unmount, until
 from tests.unit.blobs.test_cache import name
 
@@ -198,3 +198,8 @@ def test_the_default_reserve_is_known(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("[cache]\nmin_free = '2GiB'\n")
     assert config.load(tmp_path / "config.toml").cache.min_free.of(1) == 2 << 30
     assert config.Config().cache.min_free.of(1000) == 50
+
+
+def test_a_reserve_may_be_written_as_bytes(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[cache]\nmin_free = 1073741824\n")
+    assert load(tmp_path / "config.toml").cache.min_free.of(0) == 1 << 30

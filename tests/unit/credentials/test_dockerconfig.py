@@ -64,10 +64,11 @@ async def test_logins_of_something_else_are_not_used(name: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"[]", b'{"auths":[]}', b'{"auths":{"h":7}}', b'{"auths":{"h":{"auth":"%%"}}}', b"\xff", b"[" * 100_000,
+        b"", b"[]", b'{"auths":[]}', b'{"auths":{"h":7}}', b'{"auths":{"h":{"auth":"%%"}}}',
+        b'{"auths":{"h":{"username":"\\ud800","password":"x"}}}', b"\xff", b"[" * 100_000,
         b'{"credsStore":7}', b'{"credsStore":"../../bin/sh"}', b'{"credHelpers":{"h":"a/b"}}', b" " * ((1 << 20) + 1),
     ],
-    ids=range(11),
+    ids=range(12),
 )  # fmt: skip
 async def test_a_broken_file_is_a_config_error_that_shows_nothing(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -97,6 +97,8 @@ def test_address_where_others_could_put_their_socket_is_refused(tmp_path: Path, 
         found = refusal(settings(tmp_path / "root", address=str(address))) if mode != 0o1777 else None
         assert found is None or f"owner {owner} and mode {mode:04o}" in str(found)
     assert "address" in str(refusal(settings(tmp_path / "root", address=f"{place}/sock")))
+    table = {"image_service": {"listen": f"{place}/kubelet.sock"}}  # the kubelet sends it logins
+    assert "image_service.listen" in str(refusal(settings(tmp_path / "root", registry=table)))
 
 
 def test_address_below_a_file_is_refused(tmp_path: Path) -> None:

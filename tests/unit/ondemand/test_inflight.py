@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from snapshotter.errors import MalformedImage
-from snapshotter.ondemand.inflight import OPENS, SLOTS, SessionMemory
+from snapshotter.ondemand.inflight import OPENS, SIZE, SLOTS, SessionMemory
 
 
 @pytest.fixture
@@ -79,3 +79,12 @@ def test_other_memory_is_refused() -> None:
         with pytest.raises(MalformedImage):
             SessionMemory(fd)
         os.close(fd)
+
+
+@pytest.mark.parametrize("written", [1, 4096, SIZE - 4096, SIZE])
+def test_a_layout_that_a_kill_interrupted_is_made_anew(memfd: int, written: int) -> None:
+    """The header comes last; until it is there, nobody has used the memory."""
+    os.pwrite(memfd, bytes(written), min(4096, SIZE - written))
+    memory = SessionMemory(memfd)
+    assert memory.take() is not None
+    assert os.fstat(memfd).st_size == SIZE

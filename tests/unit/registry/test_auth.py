@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import logging
+import os
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -279,6 +280,23 @@ async def test_an_expired_login_of_a_provider_is_asked_for_anew_although_its_ans
     sim.seen.clear()
     await client.blob(image, blob, len(CONTENT), 1 << 20)
     assert len(sim.seen) == 2
+
+
+async def test_a_provider_whose_every_password_is_new_and_refused_is_asked_twice(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper = tmp_path / "docker-credential-new"
+    answer = """echo '{"Username":"u","Secret":"'$(date +%N)'"}'"""
+    helper.write_text(f"#!/bin/sh\necho >>{tmp_path}/runs\n{answer}\n")
+    helper.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "config.json").write_text('{"credsStore": "new"}')
+    sim.auth.scheme, sim.auth.username, sim.auth.password = "basic", "u", "another"
+    client = await clients.make(docker_config=str(tmp_path / "config.json"))
+    with pytest.raises(RegistryDenied):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+    assert len((tmp_path / "runs").read_text()) == 3, "two that are sent, and one to see that it ends"
+    assert len(sim.of("blobs")) == 3
 
 
 @pytest.mark.allow_warnings

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from snapshotter import control
-from snapshotter.service import relay
 from snapshotter.service.relay import Relay
+from tests.harness.machine import until
 
 ECHO, REFUSAL = b"echo", b"refusal"
 
@@ -83,6 +83,15 @@ async def test_bytes_both_ways_and_half_a_close(setup: Setup) -> None:
     await writer.wait_closed()
 
 
+async def test_a_connection_that_both_have_ended_is_given_back(setup: Setup) -> None:
+    for _ in range(20):
+        reader, writer = await asyncio.open_unix_connection(setup.address)
+        assert await reader.readexactly(4) == ECHO
+        writer.close()
+        await writer.wait_closed()
+    await asyncio.to_thread(until, lambda: not setup.relay._open, "both ends are closed", 10)
+
+
 async def test_a_receiver_that_does_not_read_stops_the_sender(setup: Setup) -> None:
     setup.held.clear()
     reader, writer = await asyncio.open_unix_connection(setup.address)
@@ -142,7 +151,7 @@ async def test_a_client_in_another_mount_namespace_is_refused(
 @pytest.mark.parametrize("pid", [0, 2**22 - 1])
 async def test_a_client_that_cannot_be_seen_is_refused(setup: Setup, monkeypatch: pytest.MonkeyPatch, pid: int) -> None:
     """Gone already, or (pid 0) in a process namespace above ours."""
-    monkeypatch.setattr(relay, "peer_pid", lambda _: pid)
+    monkeypatch.setattr(control, "peer_pid", lambda _: pid)
     reader, writer = await asyncio.open_unix_connection(setup.address)
     assert await reader.read() == REFUSAL
     writer.close()

@@ -174,14 +174,12 @@ class Converter:
         return layers
 
     async def _upload(self, what: str, digest: Digest, size: int, content: BlobContent) -> None:
-        if await self._target.blob_exists(self._to, digest):
-            self._present += 1
-            return
         self._progress.begin(what, size)
         assert not isinstance(content, os.PathLike)
-        await self._target.upload_blob(self._to, digest, size, lambda: self._counted(content()))
+        stored = await self._target.upload_blob(self._to, digest, size, lambda: self._counted(content()))
         self._progress.end()
-        self._uploaded += 1
+        self._uploaded += stored
+        self._present += not stored
 
 
 def _check_convertible(image: ResolvedImage, reference: Reference) -> None:

@@ -56,9 +56,6 @@ class DocumentCache:
     async def read_range(self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int) -> bytes:
         return await self._source.read_range(reference, digest, offset, length, blob_size)
 
-    async def blob_exists(self, reference: Reference, digest: Digest) -> bool:
-        return await self._source.blob_exists(reference, digest)
-
     async def keep(self, digests: Iterable[Digest]) -> None:
         """Write these documents, as far as they were fetched lately. A full or read-only cache is not an error."""
         for digest in digests:

@@ -247,10 +247,6 @@ class RegistryClient:
             except SnapshotterError as error:
                 await tour.failed(error)
 
-    async def blob_exists(self, reference: Reference, digest: Digest) -> bool:
-        """Whether the repository has the blob."""
-        return await self._blob_exists(self._pulling(reference), reference, digest, pull_scope(reference))
-
     async def _blob_exists(self, hosts: Sequence[Endpoint], reference: Reference, digest: Digest, scope: Scope) -> bool:
         attempts = self._attempts()
         tour = self._tour(hosts, reference, digest, attempts)
@@ -273,12 +269,12 @@ class RegistryClient:
         ):
             pass
 
-    async def upload_blob(self, reference: Reference, digest: Digest, size: int, source: BlobContent) -> None:
-        """Store a blob unless the repository has it. Raises DigestMismatch if `source` is not what it should be."""
-        # Asked with the right to push: a repository that does not exist yet may not even be read.
+    async def upload_blob(self, reference: Reference, digest: Digest, size: int, source: BlobContent) -> bool:
+        """Store a blob; False if the repository has it. Raises DigestMismatch if `source` is not what it should be."""
+        # Asked with the right to push: a repository that does not exist yet may not even be read. And not a mirror.
         scope, hosts = push_scope(reference), self._pushing(reference)
         if await self._blob_exists(hosts, reference, digest, scope):
-            return
+            return False
         attempts = self._attempts(size)
         tour = self._tour(hosts, reference, digest, attempts)
 
@@ -288,6 +284,7 @@ class RegistryClient:
             await upload.run(f"upload of {_blob_name(reference, digest)}", start, attempts)
 
         await tour.run(upload)
+        return True
 
     async def put_manifest(self, reference: Reference, content: bytes, media_type: str) -> Digest:
         """Store a manifest under the reference's digest or tag. Raises DigestMismatch."""

@@ -135,18 +135,11 @@ class OciLayout:
             raise DigestMismatch(f"blob {digest} in {self._path}: became shorter than {blob_size} bytes")
         return content
 
-    async def blob_exists(self, reference: Reference, digest: Digest) -> bool:
-        try:
-            with self._blob(digest):
-                return True
-        except NotFound:
-            return False
-
-    async def upload_blob(self, reference: Reference, digest: Digest, size: int, source: BlobContent) -> None:
-        """Store a blob unless it is there in the right size. Raises DigestMismatch."""
+    async def upload_blob(self, reference: Reference, digest: Digest, size: int, source: BlobContent) -> bool:
+        """Store a blob; False if it is there in the right size. Raises DigestMismatch."""
         path = self._blob_path(digest)
         if path.is_file() and path.stat().st_size == size:
-            return
+            return False
         await asyncio.to_thread(self._create)
         with self._errors():
             fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
@@ -160,6 +153,7 @@ class OciLayout:
                 os.unlink(temporary)
                 raise
             await asyncio.to_thread(sync_directory, path.parent)
+        return True
 
     async def put_manifest(self, reference: Reference, content: bytes, media_type: str) -> Digest:
         """Store a manifest and list it in index.json, in place of what had the same tag."""

@@ -37,14 +37,12 @@ class ImageSource(Protocol):
     async def read_range(self, reference: Reference, digest: Digest, offset: int, length: int, blob_size: int) -> bytes:
         """Exactly `length` bytes of a blob, which the caller verifies."""
 
-    async def blob_exists(self, reference: Reference, digest: Digest) -> bool: ...
-
 
 class ImageTarget(Protocol):
     """Writes; a manifest last, when everything it names is there."""
 
-    async def upload_blob(self, reference: Reference, digest: Digest, size: int, source: BlobContent) -> None:
-        """Store a blob. The content is read again from the start if a connection breaks."""
+    async def upload_blob(self, reference: Reference, digest: Digest, size: int, source: BlobContent) -> bool:
+        """Store a blob; False if it is there. The content is read again from the start if a connection breaks."""
 
     async def put_manifest(self, reference: Reference, content: bytes, media_type: str) -> Digest: ...
 

@@ -36,9 +36,6 @@ class WatchedSource:
         with self._trail.timed("fetch", what="range", blob=digest.hex[:12], offset=offset, bytes=length):
             return await self._source.read_range(reference, digest, offset, length, blob_size)
 
-    async def blob_exists(self, reference: Reference, digest: Digest) -> bool:
-        return await self._source.blob_exists(reference, digest)
-
 
 class WatchedKeys:
     """A `KeyProvider` under the name by which metrics and `explain` call it."""

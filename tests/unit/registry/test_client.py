@@ -291,12 +291,6 @@ async def test_a_cancelled_read_leaves_the_client_usable(
     assert await client.blob(image, blob, SIZE, SIZE) == CONTENT
 
 
-async def test_existence(clients: Clients, image: Reference, blob: Digest) -> None:
-    client = await clients.make()
-    assert await client.blob_exists(image, blob)
-    assert not await client.blob_exists(image, ABSENT)
-
-
 # uploads
 
 

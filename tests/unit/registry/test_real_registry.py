@@ -46,8 +46,8 @@ async def test_an_image_goes_there_and_back_and_skopeo_reads_it(work: Work) -> N
     location = parse_location(f"docker://{registry.address}/team/app:v1")
     reference = location.reference
     async with open_location(location, Config()) as store:
-        assert not await store.blob_exists(reference, DIGEST)
-        await store.upload_blob(reference, DIGEST, len(CONTENT), lambda: pieces_of(CONTENT))
+        for stored in (True, False):
+            assert await store.upload_blob(reference, DIGEST, len(CONTENT), lambda: pieces_of(CONTENT)) is stored
         await store.upload_blob(reference, Digest.of(config), len(config), lambda: pieces_of(config))
         digest = await store.put_manifest(reference, encode(manifest), manifest.media_type)
         resolved = await fetch_image(store, reference, "linux/amd64", Limits())

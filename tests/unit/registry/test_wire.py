@@ -94,8 +94,6 @@ async def test_hardly_http(clients: Clients, name: str) -> None:
         with suppress(SnapshotterError):
             await client.manifest(image)
         with suppress(SnapshotterError):
-            await client.blob_exists(image, DIGEST)
-        with suppress(SnapshotterError):
             await client.put_manifest(image, b"{}", "application/json")
         with suppress(SnapshotterError):
             await client.upload_blob(image, Digest.of(b""), 0, lambda: _nothing())

@@ -94,6 +94,8 @@ class _Grant:
     challenge: Challenge
     renew_at: float  # from then on somebody should get a new one
     expires: float
+    used: tuple[Login, ...] = ()  # the login it was got with, after those whose headers were refused
+    more: bool = False  # there are logins that have not been used
 
 
 class Authenticator:
@@ -152,7 +154,8 @@ class Authenticator:
         if challenge is None:
             raise RegistryDenied(f"registry {endpoint.host}: access to {scope} denied")
         await self._renewed(key, challenge, rejected, deadline)
-        return challenge.scheme == "basic"
+        found = self._grants.get(key)
+        return challenge.scheme == "basic" or (found is not None and found.more)
 
     async def _renewed(self, key: _Key, challenge: Challenge, rejected: frozenset[str], deadline: float) -> str:
         """A header that is not one of the rejected, except where a token server gives the same token again."""
@@ -179,20 +182,27 @@ class Authenticator:
 
     async def _grant(self, key: _Key, challenge: Challenge, rejected: frozenset[str], deadline: float) -> str:
         endpoint, scope = key
+        used: tuple[Login, ...] = ()
+        more = False
         try:
-            if (known := self._grants.get(key)) and known.header in rejected:
-                del self._grants[key]
+            if known := self._grants.get(key):  # a token server hands any user a token, with less in it
+                used = known.used if known.header in rejected else known.used[:-1]
+                if known.header in rejected:
+                    del self._grants[key]
             if challenge.scheme == "basic":
                 header, seconds = await self._basic(endpoint, scope, rejected), _LONGEST_TOKEN_SECONDS
             else:
-                header, seconds = await self._bearer(endpoint, scope, challenge, deadline)
+                (header, seconds), login, more = await self._bearer(endpoint, scope, challenge, used, deadline)
+                used = (*used, login) if login is not None and login not in used else used
         except SnapshotterError as error:
             log.info("access was not granted", registry=endpoint.host, scope=str(scope), error=str(error))
             raise
         finally:
             del self._flights[key]
         now = self._clock.monotonic()
-        self._grants[key] = _Grant(header, challenge, now + seconds * 2 / 3, now + seconds - _MARGIN_SECONDS)
+        self._grants[key] = _Grant(
+            header, challenge, now + seconds * 2 / 3, now + seconds - _MARGIN_SECONDS, used, more
+        )  # fmt: skip
         self._grants.move_to_end(key)
         while len(self._grants) > _MAX_GRANTS:
             self._grants.popitem(last=False)
@@ -213,9 +223,12 @@ class Authenticator:
         raise RegistryDenied(f"registry {endpoint.host}: refuses the configured user name and password")
 
     async def _bearer(
-        self, endpoint: Endpoint, scope: Scope, challenge: Challenge, deadline: float
-    ) -> tuple[str, float]:
-        """A token for the first login that the token server accepts; for nobody if there is no login."""
+        self, endpoint: Endpoint, scope: Scope, challenge: Challenge, used: Sequence[Login], deadline: float
+    ) -> tuple[tuple[str, float], Login | None, bool]:
+        """A token for the first login that the token server accepts; for nobody if there is no login.
+
+        Logins that were `used` come last. Also returns whose it is, and whether there are others.
+        """
         refused: list[Login] = []
         for fresh in (False, True):
             failure: Transient | None = None
@@ -223,10 +236,12 @@ class Authenticator:
                 logins: Sequence[Login | None] = await self._find(endpoint, scope, fresh=fresh) or [None]
             except Transient as error:  # perhaps everybody may read this
                 logins, failure = [None], error
-            for login in logins:
+            for login in sorted(logins, key=lambda login: login in used):
                 if login is None or login not in refused:
                     try:
-                        return await self._token(endpoint, scope, challenge, login, deadline)
+                        token = await self._token(endpoint, scope, challenge, login, deadline)
+                        others = [other for other in logins if other not in (*used, *refused, login)]
+                        return token, login, bool(others) and login not in used
                     except RegistryDenied as error:
                         refusal = failure or error
                         refused += [login] if login else []

@@ -255,6 +255,28 @@ async def test_logins_are_tried_in_order_until_one_is_accepted(
     assert sim.kinds() == ["blobs"]
 
 
+async def test_a_token_that_opens_nothing_is_no_reason_not_to_try_the_next_login(
+    sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, logins: str, clock: FakeClock
+) -> None:
+    """Docker Hub gives any user a token, with what he may do in it."""
+    sim.auth.scheme, sim.auth.username, sim.auth.password, sim.auth.generous = "bearer", "user", "hunter2", True
+    remembered = RememberedLogins()
+    for name in ("one", "two"):
+        remembered.add(image.host, image.repository, Login(name, SecretBytes(b"word")))
+    client = await clients.make(docker_config=logins, remembered=remembered)
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+    names = [base64.b64decode((seen.authorization or "")[6:]).partition(b":")[0] for seen in sim.of("token")]
+    assert names == [b"two", b"one", b"user"]
+    sim.seen.clear()
+    clock.now += 400  # the token has expired
+    assert await client.blob(image, blob, len(CONTENT), 1 << 20) == CONTENT
+    assert len(sim.of("token")) == 1, "the one that opened something is asked first from then on"
+    sim.auth.password = "changed"
+    clock.now += 400
+    with pytest.raises(RegistryDenied):
+        await client.blob(image, blob, len(CONTENT), 1 << 20)
+
+
 async def test_an_expired_login_of_a_provider_is_asked_for_anew_although_its_answer_was_to_be_kept(
     sim: SimRegistry, clients: Clients, image: Reference, blob: Digest, tmp_path: Path
 ) -> None:

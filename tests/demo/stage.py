@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import subprocess
 import time
 from collections.abc import Mapping
@@ -178,20 +179,29 @@ class Stage:
 
 
 def disk_usage(top: Path) -> int:
-    """Allocated bytes of the files below `top` on its own file system, hard links once; 0 if there is no `top`."""
+    """Allocated bytes of the files below `top` on its own file system, hard links once; 0 if there is no `top`.
+
+    Of the last container directories may go meanwhile, which then count nothing.
+    """
     if not top.exists():
         return 0
     device = os.stat(top).st_dev
-    seen: set[int] = set()
-    total = 0
-    for here, directories, files in os.walk(top):
-        directories[:] = [name for name in directories if os.lstat(os.path.join(here, name)).st_dev == device]
+    blocks: dict[int, int] = {}  # by inode
+
+    def here(path: str) -> bool:
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return False
+        if status.st_dev == device and not stat.S_ISDIR(status.st_mode):
+            blocks[status.st_ino] = status.st_blocks
+        return status.st_dev == device
+
+    for directory, directories, files in os.walk(top):
+        directories[:] = [name for name in directories if here(os.path.join(directory, name))]
         for name in files:
-            status = os.lstat(os.path.join(here, name))
-            if status.st_ino not in seen:
-                seen.add(status.st_ino)
-                total += status.st_blocks * 512
-    return total
+            here(os.path.join(directory, name))
+    return 512 * sum(blocks.values())
 
 
 def listing(containerd: Containerd, reference: str) -> str:

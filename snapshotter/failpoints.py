@@ -30,6 +30,7 @@ POINTS = {
         # images
         "attach.packed", "attach.kept", "attach.served", "mount.attached", "mount.done",
         "unmount.done", "detach.served", "detach.done", "file.written", "file.renamed",
+        "audit.written", "unpack.fetched", "unpack.filled",
     ),
     "keeper": (
         "keeper.locked", "keeper.blobd-adopted", "keeper.recovered", "keeper.listens", "keeper.started-worker",

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import structlog
 
+from snapshotter import failpoints
 from snapshotter.config import Limits
 from snapshotter.crypto import encoding
 from snapshotter.crypto.layer import LayerPrivate
@@ -63,6 +64,7 @@ class AuditLog:
             if os.write(self._fd, line) != len(line):
                 raise OSError("audit log: short write")
             os.fsync(self._fd)
+            failpoints.hit("audit.written")
         except OSError:
             os.ftruncate(self._fd, before)
             raise

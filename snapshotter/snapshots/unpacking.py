@@ -9,6 +9,7 @@ from pathlib import Path
 
 import structlog
 
+from snapshotter import failpoints
 from snapshotter.snapshots import directories
 from snapshotter.snapshots.directories import Directories, RootAttributes
 from snapshotter.snapshots.model import Usage
@@ -74,6 +75,7 @@ class Unpacking:
             staging = path / "staging"
             staging.mkdir(mode=0o700)
             await unpack(path / "fs", staging, lower, lambda: not self._stopping)
+            failpoints.hit("unpack.filled")
             await asyncio.to_thread(directories.destroy, staging)
             usage = await asyncio.to_thread(directories.measure, path / "fs")
             await done(path, usage)

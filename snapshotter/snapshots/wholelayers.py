@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import structlog
 
+from snapshotter import failpoints
 from snapshotter.build.feed import consume
 from snapshotter.build.unpack import LayerUnpacker
 from snapshotter.config import Limits
@@ -72,6 +73,7 @@ class WholeLayers:
 
             await consume(self._source.blob_stream(layer.source, described.digest, described.size), keep)
             mac.check(public)
+            failpoints.hit("unpack.fetched")
             yield _decrypted(spool, private)
 
 

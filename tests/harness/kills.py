@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 
 from snapshotter import control
+from snapshotter.digest import Digest
 from snapshotter.failpoints import POINTS, VARIABLE
 from snapshotter.snapshots.model import Kind
 from tests.conformance.client import Client
@@ -38,10 +39,10 @@ from tests.harness.serve import WORKERS, Serve
 FILES, FILE_BYTES = 6, 256 << 10
 # What `Stage` can do, and the state in which some of it begins.
 OPERATIONS = (
-    "pull", "start", "remove", "unpack", "label", "read", "restart_snapshotd", "restart_blobd", "restart_keeper",
-    "reload", "stop", "lose_database", "lose_log", "lose_directory",
+    "pull", "start", "remove", "unpack", "decrypt", "label", "read", "restart_snapshotd", "restart_blobd",
+    "restart_keeper", "reload", "stop", "lose_database", "lose_log", "lose_directory",
 )  # fmt: skip
-STATES = {"pull": "absent", "start": "pulled", "remove": "mounted", "unpack": "absent"}
+STATES = {"pull": "absent", "start": "pulled", "remove": "mounted", "unpack": "absent", "decrypt": "absent"}
 _LOOP_GET_STATUS64, _LOOP_INFO64 = 0x4C05, 232
 # One round of the container's work: sealed files read in random order past the page cache, own files written and read
 # back. fio comes from the machine; its verify headers are in the image's files.
@@ -155,6 +156,7 @@ class Stage:
         self.app = publish("app", 1, verified_members(work.path)).reference
         self.other = publish("other", 2)
         self.ordinary = publish("ordinary", 3, sealed=False)
+        self.encrypted = self._encrypted(public)
         self.daemon = Serve(
             work,
             # The working set does not fit, so that the cache writes and evicts all the time.
@@ -184,10 +186,14 @@ class Stage:
         """Until nothing of the images is left: containerd's collector and then our clean-up have done their work."""
         self.containerd.remove_image(self.other.reference)
         self.containerd.remove_image(self.ordinary.reference)
+        self.containerd.remove_image(self.encrypted)
         until(self._forgotten, "nothing is left of the image")
 
     def unpack(self) -> None:
         self.containerd.cri.pull(self.ordinary.reference)
+
+    def decrypt(self) -> None:
+        self.containerd.cri.pull(self.encrypted)
 
     def label(self) -> None:
         top = next(info for info in self.client.walk() if info.kind is Kind.COMMITTED)
@@ -456,6 +462,17 @@ class Stage:
         return sqlite3.connect(f"file:{self.daemon.root}/metadata.db?mode=ro", uri=True)
 
     # details
+
+    def _encrypted(self, public: Path) -> str:
+        """The ordinary image with each of its layers encrypted as a whole, by skopeo."""
+        where = f"docker://{self.registry.address}/t/ordinary"
+        subprocess.run(
+            ["skopeo", "--insecure-policy", "copy", "--quiet", "--src-tls-verify=false", "--dest-tls-verify=false",
+             "--encryption-key", f"jwe:{public}", f"{where}:1", f"{where}:encrypted"],
+            check=True, capture_output=True, timeout=100,
+        )  # fmt: skip
+        raw, _ = self.registry.get_manifest("t/ordinary", "encrypted")
+        return f"{self.registry.address}/t/ordinary@{Digest.of(raw)}"
 
     def _run(self, image: Pulled) -> None:
         result = self.containerd.run(image.reference, "/bin/cat", "/data/small")

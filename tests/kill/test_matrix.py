@@ -28,6 +28,7 @@ KILLED: dict[str, tuple[str, ...]] = {
         "oneshot.unmounted",
     ),
     "unpack": ("commit.measured", "commit.written", "commit.done"),
+    "decrypt": ("audit.written", "unpack.fetched", "unpack.filled"),
     "label": ("update.written", "update.done"),
     "read": (
         "blobd.read.taken", "blobd.read.parked", "blobd.reply", "blobd.replied", "cache.written", "cache.renamed",

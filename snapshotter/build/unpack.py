@@ -189,9 +189,8 @@ def _describe(path: bytes | Path, node: Node, shown: bytes) -> None:
                 raise BadLayer(f"layer: {shown!r}: xattr {name!r}: {error.strerror}") from None
             if error.errno != errno.ENOTSUP:
                 raise
-            log.info(
-                "ignored an xattr that the file system does not know", xattr=os.fsdecode(name)
-            )  # as containerd does
+            # As containerd does.
+            log.info("ignored an xattr that the file system does not know", xattr=os.fsdecode(name))
     os.utime(path, ns=(node.mtime_ns, node.mtime_ns), follow_symlinks=False)
 
 

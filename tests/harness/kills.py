@@ -16,8 +16,8 @@ import struct
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ OPERATIONS = (
     "pull", "start", "remove", "unpack", "decrypt", "label", "read", "restart_snapshotd", "restart_blobd",
     "restart_keeper", "reload", "stop", "lose_database", "lose_log", "lose_directory",
 )  # fmt: skip
+CALLS = ("pull", "start", "remove", "unpack", "decrypt", "label", "read")  # which restart nothing themselves
 STATES = {"pull": "absent", "start": "pulled", "remove": "mounted", "unpack": "absent", "decrypt": "absent"}
 _LOOP_GET_STATUS64, _LOOP_INFO64 = 0x4C05, 232
 # One round of the container's work: sealed files read in random order past the page cache, own files written and read
@@ -304,7 +305,11 @@ class Stage:
         for point, passes in points.items():
             self._arm(point, passes)
         done = False
-        with suppress(RuntimeError, AssertionError, grpc.RpcError, subprocess.SubprocessError, OSError, EOFError):
+        watched = self._service_manager() if operation in CALLS else nullcontext()
+        with (
+            suppress(RuntimeError, AssertionError, grpc.RpcError, subprocess.SubprocessError, OSError, EOFError),
+            watched,
+        ):
             perform()
             done = True
         hits = {point: self.armed / f"{point}.hit" for point in points}
@@ -366,6 +371,23 @@ class Stage:
         assert self.daemon.process is not None
         if not self.daemon.process.running:
             self.daemon.spawn()
+
+    @contextmanager
+    def _service_manager(self) -> Iterator[None]:
+        """Revive at once inside: calls wait for a keeper that is away."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.05):
+                self._revive()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def pids(self) -> dict[str, int]:
         return dict(control.request(self.daemon.root / "keeper.sock", {"op": "status"})[0]["pids"])

@@ -31,6 +31,7 @@ from snapshotter.errors import (
 from snapshotter.files import read_regular, write_atomic
 from snapshotter.image.signature import CLAIM_BYTES
 from snapshotter.keys.http import is_loopback
+from snapshotter.registry import ranges
 from snapshotter.registry.reference import Reference
 from snapshotter.registry.transport import ImageSource
 
@@ -128,7 +129,8 @@ class Lookaside:
                 found.append(Found(b"", message))
             return found
         try:
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_SECONDS)) as client:
+            timeout, wanted = aiohttp.ClientTimeout(total=_SECONDS), {"Accept-Encoding": "identity"}
+            async with aiohttp.ClientSession(timeout=timeout, headers=wanted, auto_decompress=False) as client:
                 while len(found) < SIGNATURES:
                     message = await _download(client, f"{place}/signature-{len(found) + 1}")
                     if message is None:
@@ -155,6 +157,7 @@ async def _download(client: aiohttp.ClientSession, url: str) -> bytes | None:
             return None
         if answer.status != 200:
             raise Unavailable(f"lookaside signature: answered {answer.status}")
+        ranges.check_unencoded("lookaside signature", answer.headers)
         message = await answer.content.read(MESSAGE_BYTES + 1)
         while len(message) <= MESSAGE_BYTES and (more := await answer.content.read(MESSAGE_BYTES)):
             message += more

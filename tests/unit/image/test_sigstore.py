@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,18 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from snapshotter.config import Limits
+from snapshotter import labels
+from snapshotter.config import Limits, Registry
 from snapshotter.digest import Digest
-from snapshotter.errors import ConfigError, LimitExceeded, MalformedImage, SnapshotterError, Unavailable
+from snapshotter.errors import (
+    ConfigError,
+    IntegrityError,
+    LimitExceeded,
+    MalformedImage,
+    RegistryUnavailable,
+    SnapshotterError,
+    Unavailable,
+)
 from snapshotter.image import sigstore
 from snapshotter.image.signature import CLAIM_BYTES
 from snapshotter.image.sigstore import (
@@ -25,9 +35,11 @@ from snapshotter.image.sigstore import (
     Lookaside,
     tag_of,
 )
+from snapshotter.registry.client import RegistryClient
 from snapshotter.registry.layout import OciLayout
 from snapshotter.registry.reference import Reference
 from tests.harness.oci import Layout
+from tests.harness.sim_registry import FakeClock, Fault, SimRegistry, changed, cut, endless, hangs_up, status
 
 DIGEST = Digest.of(b"image")
 IMAGE = Reference.parse("registry.example/team/app:1")
@@ -153,6 +165,36 @@ async def test_a_store_that_hangs_or_breaks_off(store: Store, monkeypatch: pytes
             await Lookaside(store.url).find(IMAGE, DIGEST)
 
 
+async def test_a_store_that_says_nothing_more_in_the_middle(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sigstore, "_SECONDS", 0.3)
+
+    async def stall(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"Content-Length": str(MESSAGE_BYTES)})
+        await answer.prepare(request)
+        await answer.write(b"x" * (MESSAGE_BYTES - 1))
+        await store.stopping.wait()
+        return answer
+
+    store.fault = stall
+    store.messages = [b"one"]
+    with pytest.raises(Unavailable, match="TimeoutError"):
+        await Lookaside(store.url).find(IMAGE, DIGEST)
+
+
+@pytest.mark.parametrize("kind", ["deflate", "gzip", "br"])
+async def test_nothing_that_a_store_compressed_is_inflated(store: Store, kind: str) -> None:
+    bomb, asked = zlib.compress(bytes(32 << 20)), []
+
+    async def compressed(request: web.Request) -> web.StreamResponse:
+        asked.append(request.headers["Accept-Encoding"])
+        return web.Response(body=bomb, headers={"Content-Encoding": kind})
+
+    store.fault = compressed
+    with pytest.raises(IntegrityError, match=f"lookaside signature: answer has Content-Encoding '{kind}'"):
+        await Lookaside(store.url).find(IMAGE, DIGEST)
+    assert asked == ["identity"]
+
+
 async def test_a_store_that_is_away() -> None:
     with pytest.raises(Unavailable):
         await Lookaside("http://127.0.0.1:1").find(IMAGE, DIGEST)
@@ -225,3 +267,113 @@ async def test_a_document_cut_anywhere(cosign: Cosign) -> None:
     for length in range(len(whole)):
         with pytest.raises(SnapshotterError):
             await cosign.find(whole[:length])
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff", b"[" * 100_000, b'{"layers":' * 50_000], ids=["empty", "ff", "[", "{"])
+async def test_a_document_that_is_no_json(cosign: Cosign, raw: bytes) -> None:
+    with pytest.raises(MalformedImage, match=r"signatures .*: not a manifest"):
+        await cosign.find(raw)
+
+
+async def test_a_document_that_is_too_long(cosign: Cosign) -> None:
+    whole = json.dumps({"layers": [cosign.layer()]}).encode()
+    with pytest.raises(LimitExceeded, match="manifest"):
+        await cosign.find(whole.ljust(Limits().manifest_bytes + 1))
+
+
+# the same in a registry
+
+
+class Beside:
+    """A registry with what lies under the tag of an image's signatures."""
+
+    def __init__(self, registry: SimRegistry, client: RegistryClient) -> None:
+        self.registry = registry
+        self._client = client
+        self._image = Reference.parse(f"{registry.address}/team/app:1")
+
+    def put(self, *layers: dict[str, Any], size: int = 0) -> None:
+        raw = json.dumps({"schemaVersion": 2, "layers": layers}).encode().ljust(size)
+        self.registry.add_manifest("team/app", tag_of(DIGEST), raw, labels.MEDIA_OCI_MANIFEST)
+
+    def layer(self, payload: bytes = GOOD.payload) -> dict[str, Any]:
+        annotations = {SIGNATURE_ANNOTATION: base64.b64encode(GOOD.signature).decode()}
+        digest = self.registry.add_blob(payload)
+        return {"mediaType": PAYLOAD_TYPE, "size": len(payload), "digest": digest, "annotations": annotations}
+
+    async def find(self) -> list[Found]:
+        return list(await CosignSignatures(self._client, Limits()).find(self._image, DIGEST))
+
+
+@pytest.fixture
+async def beside() -> AsyncIterator[Beside]:
+    async with (
+        SimRegistry() as registry,
+        RegistryClient(Registry(retries=2), Limits(), clock=FakeClock()) as client,
+    ):
+        yield Beside(registry, client)
+
+
+async def test_a_payload_cut_anywhere_is_none_and_hides_no_other(beside: Beside) -> None:
+    whole = b"another payload"
+    bad, good = beside.layer(whole), beside.layer()
+    beside.put(bad, good)
+    assert await beside.find() == [Found(whole, GOOD.signature), GOOD]
+    for size in range(len(whole)):
+        beside.registry.blobs[bad["digest"]] = whole[:size]
+        for stated in (len(whole), size):
+            beside.put(bad | {"size": stated}, good)
+            assert await beside.find() == [GOOD]
+
+
+async def test_a_payload_that_is_longer_or_another_or_gone_is_none(beside: Beside) -> None:
+    bad = beside.layer(b"another payload")
+    beside.put(bad, beside.layer())
+    for content in (b"another payload ", bytes(1 << 20), b"payload another"):
+        beside.registry.blobs[bad["digest"]] = content
+        assert await beside.find() == [GOOD]
+    del beside.registry.blobs[bad["digest"]]
+    assert await beside.find() == [GOOD]
+
+
+async def test_what_is_larger_than_any_claim_is_not_asked_for(beside: Beside) -> None:
+    long = beside.layer(b"x" * (CLAIM_BYTES + 1))
+    beside.put(long, long | {"size": 1 << 70}, beside.layer() | {"mediaType": "text/plain"})
+    assert await beside.find() == []
+    assert beside.registry.kinds() == ["manifests"]
+
+
+async def test_a_manifest_of_a_registry_that_is_too_long(beside: Beside) -> None:
+    beside.put(beside.layer(), size=Limits().manifest_bytes + 1)
+    with pytest.raises(LimitExceeded, match=r"limits\.manifest_bytes"):
+        await beside.find()
+
+
+def _shortens(answer: web.Response) -> None:
+    assert isinstance(answer.body, bytes)
+    answer.body = answer.body[:-1]
+
+
+@pytest.mark.parametrize(
+    ("on", "fault", "kind"),
+    [
+        ("manifests", status(500), RegistryUnavailable),
+        ("manifests", hangs_up(), RegistryUnavailable),
+        ("manifests", cut(0), RegistryUnavailable),
+        ("manifests", cut(9), RegistryUnavailable),
+        ("manifests", endless(), LimitExceeded),
+        ("manifests", changed(_shortens), IntegrityError),
+        ("blobs", status(500), RegistryUnavailable),
+        ("blobs", hangs_up(), RegistryUnavailable),
+        ("blobs", cut(0), RegistryUnavailable),
+    ],
+    ids=map(str, range(9)),
+)
+async def test_a_registry_that_fails_is_none_without_signatures(
+    beside: Beside, on: str, fault: Fault, kind: type[SnapshotterError]
+) -> None:
+    """Signing would otherwise replace the signatures that are there."""
+    beside.put(beside.layer())
+    beside.registry.fail(fault, on=on, times=99)
+    with pytest.raises(kind):
+        await beside.find()

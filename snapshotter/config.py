@@ -266,7 +266,7 @@ def load(path: Path | None, **overrides: str | None) -> Config:
             table = tomllib.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"config {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also of UTF-8, and of numbers that Python does not convert
             raise ConfigError(f"config {path}: {error}") from error
     table.update({key: value for key, value in overrides.items() if value is not None})
     try:

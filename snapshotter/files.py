@@ -17,7 +17,7 @@ def read_regular(path: Path, limit: int) -> bytes | None:
     """Content of a regular file of at most `limit` bytes; None for anything else: missing, longer, link, fifo, …"""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+    except (OSError, ValueError):  # the latter for a name that no file can have
         return None
     try:
         status = os.fstat(fd)

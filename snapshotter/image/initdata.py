@@ -53,14 +53,14 @@ def with_initdata(settings: Config) -> Config:
 
 
 def _policy(raw: bytes, path: str) -> Policy:
-    document = _toml(raw.decode(errors="replace"), f"initdata {path}")
+    document = _toml(raw, f"initdata {path}")
     files = document.get("data")
     if document.get("algorithm") not in _ALGORITHMS or not isinstance(files, dict):
         raise ConfigError(f"initdata {path}: no initdata document (algorithm, version, [data])")
     text = files.get(ENTRY)
     if not isinstance(text, str):
         raise ConfigError(f"initdata {path}: [data] has no {ENTRY!r}")
-    table = _toml(text, f"initdata {path}: {ENTRY}")
+    table = _toml(text.encode(), f"initdata {path}: {ENTRY}")
     if table.keys() != {"policy"}:
         raise ConfigError(f"initdata {path}: {ENTRY}: holds [policy] and nothing else")
     try:
@@ -69,8 +69,8 @@ def _policy(raw: bytes, path: str) -> Policy:
         raise ConfigError(f"initdata {path}: {ENTRY}: {error}") from error
 
 
-def _toml(text: str, what: str) -> dict[str, Any]:
+def _toml(raw: bytes, what: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        return tomllib.loads(raw.decode())
+    except (ValueError, RecursionError) as error:  # also of UTF-8, and of numbers that Python does not convert
         raise ConfigError(f"{what}: {error}") from error

@@ -15,7 +15,6 @@ from typing import Any, Final, Protocol
 import grpc
 import grpc.aio
 import structlog
-from google.protobuf.wrappers_pb2 import BytesValue
 
 from snapshotter import labels, programs
 from snapshotter.config import Limits
@@ -92,20 +91,17 @@ class Service:
             else grpc.aio.insecure_channel(self.address, options=options)
         )
         async with channel:
-            # Input and output are messages of one bytes field with number 1, which is what BytesValue is.
-            rpc = channel.unary_unary(
-                method,
-                request_serializer=BytesValue.SerializeToString,
-                response_deserializer=BytesValue.FromString,
-            )
+            # Input and output are messages of one bytes field with number 1. What is none would become None in here.
+            rpc: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
             try:
-                reply: BytesValue = await rpc(BytesValue(value=request), timeout=_TIMEOUT_SECONDS)
+                reply: bytes = await rpc(ttrpc.bytes_field(1, request), timeout=_TIMEOUT_SECONDS)
             except grpc.aio.AioRpcError as error:
                 text = f"{self.address}: {error.code().name}"  # details are the peer's words and may quote the key
                 if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise Unavailable(text) from None
                 raise KeyDenied(text) from None
-        return reply.value
+        with denying(self.address):
+            return ttrpc.last_bytes(ttrpc.parse(reply), 1)
 
 
 @dataclass(frozen=True, slots=True)

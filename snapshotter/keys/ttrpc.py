@@ -126,9 +126,9 @@ def parse(message: bytes) -> Fields:
             value = message[at : at + size]
             at += size
         else:
-            raise MalformedImage(f"{_WHAT}: not protobuf")
+            raise MalformedImage("protobuf: a field of no known type")
         if at > len(message) or not number:
-            raise MalformedImage(f"{_WHAT}: message cut short")
+            raise MalformedImage("protobuf: cut short")
         found.setdefault(number, []).append(value)
     return found
 
@@ -137,7 +137,7 @@ def last_bytes(fields: Fields, number: int) -> bytes:
     """A field of bytes, b"" if absent; of several the last counts."""
     value = (fields.get(number) or [b""])[-1]
     if not isinstance(value, bytes):
-        raise MalformedImage(f"{_WHAT}: field {number} is not bytes")
+        raise MalformedImage(f"protobuf: field {number} is not bytes")
     return value
 
 
@@ -160,4 +160,4 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    raise MalformedImage(f"{_WHAT}: not a number")
+    raise MalformedImage("protobuf: not a number")

@@ -52,9 +52,32 @@ def test_initdata_without_a_policy_that_is_understood_is_refused(tmp_path: Path,
         with_initdata(settings(tmp_path, text, Policy()))
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        document("[policy]\n").encode() + b"# \xff\n", document("[policy]\n").encode("utf-16"),
+        document("[policy]\n").encode() + b"x = " + b"9" * 5000, document("[policy]\nx = " + "9" * 5000).encode(),
+        b"x = " + b"[" * 50_000, document("[policy]\nx = " + "[" * 50_000).encode(), b"\0",
+        b'algorithm = ["sha256"]\n[data]\n', b'algorithm = 7\ndata = []\n', b"data = 1979-05-27\n",
+        document("policy = 1\n").encode(), document("[[policy]]\n").encode(),
+        document("[policy]\npins = [1979-05-27]\n").encode(), document("[policy]\nrepositories = [[]]\n").encode(),
+        b'algorithm = "sha256"\n[data]\n"coco-snapshotter.toml" = 7\n',
+    ],
+    ids=map(str, range(15)),
+)  # fmt: skip
+def test_initdata_of_another_type_or_no_text_is_refused(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "initdata.toml"
+    path.write_bytes(raw)
+    with pytest.raises(ConfigError, match=f"initdata {path}"):
+        with_initdata(Config(policy=Policy(initdata=str(path))))
+
+
 def test_a_missing_initdata_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         with_initdata(Config(policy=Policy(initdata=str(tmp_path / "none"))))
+    for name in ("\0", "\ud800"):  # which no file can have
+        with pytest.raises(ConfigError, match="cannot be read"):
+            with_initdata(Config(policy=Policy(initdata=f"{tmp_path}/{name}")))
 
 
 def test_what_is_obeyed_is_what_is_attested(tmp_path: Path) -> None:

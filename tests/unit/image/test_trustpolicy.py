@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from snapshotter.crypto.secret import SecretBytes
 from snapshotter.errors import ConfigError
+from snapshotter.image.origin import ConfiguredTrust
 from snapshotter.image.trustpolicy import Identity, Signed, TrustPolicy
+from snapshotter.keys.resource import ResourceUri
 from snapshotter.registry.reference import Reference
 
 ACCEPT, REJECT = [{"type": "insecureAcceptAnything"}], [{"type": "reject"}]
@@ -128,6 +131,20 @@ def test_whom_a_signature_must_name(
 def test_a_policy_that_is_not_wholly_understood_is_refused(document: Any) -> None:
     with pytest.raises(ConfigError, match="policy test: "):
         parse(document)
+
+
+@pytest.mark.parametrize("path", ["/a\0b", "/\ud800", "", ".", "kbs:///a", "kbs:///a/b/\ud800", "/dev/zero"])
+async def test_a_key_of_a_name_that_is_none_is_an_error_of_the_configuration(path: str) -> None:
+    """Names are JSON strings, which may hold anything."""
+    with pytest.raises(ConfigError, match="policy: "):
+        await ConfiguredTrust("/unused", NoResources()).key(path)
+    with pytest.raises(ConfigError, match="policy: "):
+        await ConfiguredTrust(path, NoResources()).policy()
+
+
+class NoResources:
+    async def get(self, uri: ResourceUri) -> SecretBytes:
+        raise AssertionError(uri)
 
 
 def test_a_policy_cut_anywhere_is_refused() -> None:

@@ -66,11 +66,11 @@ class Server:
     def __init__(self) -> None:
         self.server = grpc.aio.server()
         self.mode = "base64"
+        self.raw: bytes | None = None  # the whole message, instead of an answer
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
-        serialize = BytesValue.SerializeToString
         methods = {
-            name: grpc.unary_unary_rpc_method_handler(self.handle, BytesValue.FromString, serialize)
+            name: grpc.unary_unary_rpc_method_handler(self.handle, BytesValue.FromString, self._serialize)
             for name in ("WrapKey", "UnWrapKey")
         }
         handler = grpc.method_handlers_generic_handler("keyprovider.KeyProviderService", methods)
@@ -79,6 +79,9 @@ class Server:
         port: int = add(address, credentials) if credentials else add(address)  # type: ignore[call-arg]
         await self.server.start()
         return port
+
+    def _serialize(self, answer: BytesValue) -> bytes:
+        return answer.SerializeToString() if self.raw is None else self.raw
 
     async def handle(self, request: BytesValue, context: grpc.aio.ServicerContext[Any, Any]) -> BytesValue:
         if self.mode == "unimplemented":
@@ -313,9 +316,65 @@ async def test_a_reply_cut_anywhere_is_refused() -> None:
     provider = CutsShort()
     made, keys = encrypted(), ProviderKeys({NAME: provider})
     assert await ocicrypt.decrypt_layer(*made, keys, Limits()) == PLAIN
-    size = len(await provider.call(protocol._request(base64.b64decode(made[1][protocol.ANNOTATION_PREFIX + NAME]))))
-    for provider.length in range(size):
+    for provider.length in range(len(await replying(made))):
         with pytest.raises(MalformedImage):
+            await ocicrypt.decrypt_layer(*made, keys, Limits())
+
+
+async def replying(made: tuple[bytes, dict[str, str]]) -> bytes:
+    """What the wrapping provider would reply to the request for this layer."""
+    request = protocol._request(base64.b64decode(made[1][protocol.ANNOTATION_PREFIX + NAME]))
+    return wrapping_provider.answer(request)
+
+
+async def test_a_message_of_a_service_cut_anywhere_is_refused(tmp_path: Path, server: Server) -> None:
+    port = await server.start("127.0.0.1:0")
+    made, keys = encrypted(), ProviderKeys.load(configuration(tmp_path, {"grpc": f"127.0.0.1:{port}"}))
+    whole = BytesValue(value=await replying(made)).SerializeToString()
+    server.raw = whole
+    assert await ocicrypt.decrypt_layer(*made, keys, Limits()) == PLAIN
+    for length in range(len(whole)):
+        server.raw = whole[:length]
+        check = r"127\.0\.0\.1.*protobuf: " if length else "reply of key provider tenant"  # an empty one is protobuf
+        with pytest.raises((KeyDenied, MalformedImage), match=check) as caught:
+            await ocicrypt.decrypt_layer(*made, keys, Limits())
+        assert isinstance(caught.value, KeyDenied) == bool(length)
+
+
+@pytest.mark.parametrize(
+    ("raw", "check"),
+    [
+        (b"\xff", "protobuf: not a number"),
+        (b"\x08\x01", "protobuf: field 1 is not bytes"),
+        (b"\x0b", "protobuf: a field of no known type"),
+        (b"\x02\x00", "protobuf: cut short"),
+        (b"\x12\x02{}", "reply of key provider tenant: not a JSON object"),  # field 2
+        (b"\x0a\x02[]", "reply of key provider tenant: not a JSON object"),
+        (b"\x0a\x01\xff", "reply of key provider tenant: not a JSON object"),
+    ],
+    ids=str,
+)
+async def test_a_message_of_a_service_of_another_type_is_refused(
+    tmp_path: Path, server: Server, raw: bytes, check: str
+) -> None:
+    port = await server.start("127.0.0.1:0")
+    server.raw = raw
+    keys = ProviderKeys.load(configuration(tmp_path, {"grpc": f"127.0.0.1:{port}"}))
+    with pytest.raises((KeyDenied, MalformedImage), match=check):
+        await ocicrypt.decrypt_layer(*encrypted(), keys, Limits())
+
+
+async def test_what_a_program_writes_cut_short_is_refused(tmp_path: Path) -> None:
+    made = encrypted()
+    whole = await replying(made)
+    (tmp_path / "reply").write_bytes(whole)
+    for length in (*range(0, len(whole), 29), len(whole) - 1, len(whole)):
+        head = {"path": "/usr/bin/head", "args": ["-c", str(length), str(tmp_path / "reply")]}
+        keys = ProviderKeys.load(configuration(tmp_path, {"cmd": head}))
+        if length == len(whole):
+            assert await ocicrypt.decrypt_layer(*made, keys, Limits()) == PLAIN
+            return
+        with pytest.raises(MalformedImage, match="reply of key provider tenant: not a JSON object"):
             await ocicrypt.decrypt_layer(*made, keys, Limits())
 
 

@@ -75,6 +75,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the keeper handles it: there is nothing to reload yet
     from snapshotter import log
     from snapshotter.credentials import configured as credentials
+    from snapshotter.image import origin
     from snapshotter.image.initdata import with_initdata
     from snapshotter.image.policy import ImagePolicy
     from snapshotter.keys import configured
@@ -87,6 +88,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     placement.check(config)
     config = with_initdata(config)
     ImagePolicy.of(config.mode, config.policy)
+    origin.stated(config)
     configured.provider(config.keys)
     credentials.check(config.registry)
     TlsContexts(config.registry.ca_file)

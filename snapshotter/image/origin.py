@@ -7,15 +7,16 @@ from typing import Protocol
 
 import structlog
 
-from snapshotter.config import Limits
+from snapshotter.config import Config, Limits
 from snapshotter.digest import Digest
 from snapshotter.errors import ConfigError, MalformedImage, PolicyDenied, SnapshotterError, Unavailable
 from snapshotter.files import read_regular
 from snapshotter.image import gpg, signature, trustpolicy
 from snapshotter.image.policy import Admission, Evidence, ImagePolicy
 from snapshotter.image.signature import Claim
-from snapshotter.image.sigstore import Found, KeptSignatures, SignatureSource
+from snapshotter.image.sigstore import Found, KeptSignatures, Lookaside, SignatureSource
 from snapshotter.image.trustpolicy import Key, Signed, TrustPolicy
+from snapshotter.keys import configured
 from snapshotter.keys.resource import Resources, ResourceUri
 from snapshotter.registry.reference import Reference
 
@@ -37,6 +38,8 @@ class ConfiguredTrust:
         """`location`: a path or kbs:///…; `resources` hands out the latter. Raises ConfigError."""
         if location.startswith("kbs:") and resources is None:
             raise ConfigError("config: policy.file: a kbs:/// resource needs keys.kbs.url or keys.cdh.address")
+        if location.startswith("kbs:"):
+            _resource(location)
         self._location = location
         self._resources = resources
 
@@ -56,11 +59,25 @@ class ConfiguredTrust:
             return content
         if self._resources is None:
             raise ConfigError(f"policy: {location}: a kbs:/// resource needs keys.kbs.url or keys.cdh.address")
-        try:
-            with await self._resources.get(ResourceUri.parse(location)) as resource:
-                return resource.expose()
-        except MalformedImage as error:
-            raise ConfigError(f"policy: {location[:200]}: {error}") from None
+        with await self._resources.get(_resource(location)) as resource:
+            return resource.expose()
+
+
+def _resource(location: str) -> ResourceUri:
+    try:
+        return ResourceUri.parse(location)
+    except MalformedImage as error:
+        raise ConfigError(f"policy: {location[:200]}: {error}") from None
+
+
+def stated(settings: Config) -> tuple[ConfiguredTrust, list[SignatureSource]] | None:
+    """`[policy] file`, and where signatures are besides the registry; None without a file. Raises ConfigError."""
+    policy = settings.policy
+    if not policy.file:
+        return None
+    lookaside: list[SignatureSource] = [Lookaside(policy.lookaside)] if policy.lookaside else []
+    resources = configured.resources(settings.keys) if configured.has_broker(settings.keys) else None
+    return ConfiguredTrust(policy.file, resources), lookaside
 
 
 class Origin:

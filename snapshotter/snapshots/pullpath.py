@@ -8,10 +8,10 @@ from snapshotter.bootstrap.loader import Loader
 from snapshotter.config import Config
 from snapshotter.credentials.remembered import RememberedLogins
 from snapshotter.image.documents import DocumentCache
-from snapshotter.image.origin import ConfiguredTrust, Origin
+from snapshotter.image.origin import Origin, stated
 from snapshotter.image.policy import ImagePolicy
 from snapshotter.image.resolver import Resolver
-from snapshotter.image.sigstore import CosignSignatures, KeptSignatures, Lookaside, SignatureSource
+from snapshotter.image.sigstore import CosignSignatures, KeptSignatures
 from snapshotter.keys import configured
 from snapshotter.keys.audit import AuditedKeys, AuditLog
 from snapshotter.keys.provider import KeyProvider
@@ -51,11 +51,9 @@ async def open_images(
 
 def origin(settings: Config, policy: ImagePolicy, documents: ImageSource) -> Origin:
     """Who judges images: `policy`, and signatures where a trust policy is configured. Raises ConfigError."""
-    wanted, limits = settings.policy, settings.limits
-    if not wanted.file:
+    limits, trust = settings.limits, stated(settings)
+    if trust is None:
         return Origin(policy, limits)
-    resources = configured.resources(settings.keys) if configured.has_broker(settings.keys) else None
-    sources: list[SignatureSource] = [CosignSignatures(documents, limits)]
-    sources += [Lookaside(wanted.lookaside)] if wanted.lookaside else []
+    source, lookaside = trust
     kept = KeptSignatures(Path(settings.cache_dir) / "documents")
-    return Origin(policy, limits, ConfiguredTrust(wanted.file, resources), sources, kept)
+    return Origin(policy, limits, source, [CosignSignatures(documents, limits), *lookaside], kept)

@@ -78,6 +78,10 @@ def test_wrong_arguments(arguments: list[str]) -> None:
         ("mode = [\n", "config.toml"),
         ("[policy]\npins = ['host/repo:tag']\n", "policy.pins"),
         ("[keys]\nfiles = ['/nonexistent.pem']\n", "/nonexistent.pem"),
+        ("[policy]\nfile = 'kbs:///a/b/c'\n", "policy.file: a kbs:/// resource needs keys.kbs.url"),
+        ("[policy]\nfile = 'kbs:///a/b'\n[keys.cdh]\naddress = 'unix:///cdh'\n", "kbs:///a/b: resource: not kbs:///"),
+        ("[policy]\nfile = '/policy.json'\nlookaside = 'ftp://x'\n", "policy.lookaside"),
+        ("[policy]\ninitdata = '/no/initdata.toml'\n", "/no/initdata.toml: cannot be read"),
     ],
 )
 def test_serve_says_what_is_wrong_with_the_configuration(tmp_path: Path, text: str, said: str) -> None:

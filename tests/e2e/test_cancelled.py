@@ -106,7 +106,11 @@ def waiting(path: Path) -> bool:
 
 
 def memfds(pid: int) -> int:
-    return sum("memfd" in os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink())
+    count = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            count += "memfd" in os.readlink(path)
+    return count
 
 
 def collect(sn: Client, served: Serve) -> None:

@@ -76,7 +76,7 @@ def test_the_state_of_a_release(work: Work, archive: Path, lost: str) -> None:
         parents = {info.parent for info in sn.walk()}
         sn.remove(next(name for name in rest if name not in parents))
     sn.cleanup()
-    until(lambda: not list((node.path / "root" / "snapshots").iterdir()), "all directories are gone", 10)
+    until(lambda: not list((node.path / "root" / "snapshots").iterdir()), "all directories are gone", 30)
     assert node.serve.status()["images"] == []
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.e2e.conftest import Images, Node, NodeMaker
 from tests.e2e.test_images import READ_ALL, expected
+from tests.harness.machine import until
 
 pytestmark = [pytest.mark.root, pytest.mark.real]
 
@@ -53,7 +54,7 @@ def test_images_are_served_again(node: NodeMaker, images: Images, mode: str, cac
     guest.containerd.ctr("containers", "rm", "before")
     guest.containerd.remove_image(reference)
     guest.containerd.wait_for_no_snapshots()
-    assert guest.is_empty()
+    until(guest.is_empty, "nothing is mounted or attached", 30)
     assert guest.shell(guest.pull(image), READ_ALL) == expected(), "from the beginning"
 
 

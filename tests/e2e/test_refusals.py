@@ -23,7 +23,7 @@ def refused(guest: Node, image: Image, by: str = "digest") -> str:
     found = re.search(r"reason=([\w-]+)", details)
     assert found, details
     # Layers that are another image's too were rightly there; containerd's collector takes them after the failed pull.
-    until(guest.is_empty, "nothing of the refused image is left", 15)
+    until(guest.is_empty, "nothing of the refused image is left", 30)
     assert guest.cached_files() == before
     return found[1]
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,12 @@ def spellings(secret: bytes) -> list[bytes]:
 
 
 def holders(directories: list[Path], needles: list[bytes]) -> set[Path]:
-    files = [path for directory in directories for path in directory.rglob("*") if path.is_file()]
-    return {path for path in files if any(needle in path.read_bytes() for needle in needles)}
+    found = set()
+    for path in (path for directory in directories for path in directory.rglob("*") if path.is_file()):
+        with suppress(FileNotFoundError):  # of a snapshot that is collected meanwhile
+            if any(needle in path.read_bytes() for needle in needles):
+                found.add(path)
+    return found
 
 
 def test_keys_are_in_no_file_of_a_node(node: NodeMaker, images: Images, work: Work) -> None:

@@ -147,7 +147,7 @@ class Puller:
         """The same of the last namespace that has images: we mount nothing any more."""
         self.remove_images()
         try:
-            until(lambda: not self.daemon.images_mounted(), "no image is mounted", 15)
+            until(lambda: not self.daemon.images_mounted(), "no image is mounted", 30)
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.daemon.log()[-4000:]}") from error
 

@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
+import itertools
 import json
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -129,10 +131,11 @@ def spellings(secret: bytes) -> list[bytes]:
 
 def holders(directories: list[Path], needles: list[bytes]) -> set[Path]:
     found = set()
-    for path in (path for directory in directories for path in directory.rglob("*") if path.is_file()):
-        with suppress(FileNotFoundError):  # of a snapshot that is collected meanwhile
-            if any(needle in path.read_bytes() for needle in needles):
-                found.add(path)
+    for top, _, names in itertools.chain.from_iterable(map(os.walk, directories)):
+        for path in (Path(top, name) for name in names):
+            with suppress(FileNotFoundError):  # of a snapshot that is collected meanwhile
+                if path.is_file() and any(needle in path.read_bytes() for needle in needles):
+                    found.add(path)
     return found
 
 
